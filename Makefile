@@ -1,0 +1,47 @@
+# make run     execute the notebooks into runs/ (needs nothing but Python; the committed report is not touched)
+# make report  the same, then put notebooks, figures/ and checkpoints/ in place of the committed ones
+# make test    run the tests
+# make bench   compare with the textbook way, side by side
+# make lint    ruff: style and format of notebooks and tests
+
+PYTHON ?= python3
+NOTEBOOKS ?= $(wildcard hw5_*.ipynb)
+# Progress bars are for people at a notebook. A saved notebook keeps the log lines instead.
+EXECUTE = TQDM_DISABLE=1 .venv/bin/papermill --no-progress-bar --log-output
+
+# The only metadata that committed notebooks keep: no timestamps, no paths.
+CLEAR = --ClearMetadataPreprocessor.enabled=True \
+	--ClearMetadataPreprocessor.preserve_nb_metadata_mask='["kernelspec", "language_info", "accelerator", "colab"]' \
+	--ClearMetadataPreprocessor.preserve_cell_metadata_mask='["tags", "jupyter", "cellView"]'
+
+.PHONY: run report test bench lint
+
+run: .venv/installed
+	@mkdir -p runs
+	@for n in $(NOTEBOOKS); do HW5_OUT=runs $(EXECUTE) $$n runs/$$n || exit 1; done
+	@echo "The executed notebooks and their figures are in runs/."
+
+report: .venv/installed
+	@mkdir -p runs/report figures checkpoints
+	@for n in $(NOTEBOOKS); do \
+		HW5_OUT=runs/report $(EXECUTE) $$n runs/report/$$n || exit 1; \
+		grep -qs '"mode": "full"' runs/report/figures/$${n%.ipynb}_metrics.json \
+			|| { echo "$$n: the data could not be had; a demo is not a report, so nothing was replaced."; exit 1; }; \
+		cp runs/report/figures/* figures/ && cp runs/report/checkpoints/* checkpoints/ || exit 1; \
+		.venv/bin/jupyter nbconvert --log-level WARN --to notebook $(CLEAR) runs/report/$$n --output-dir . || exit 1; \
+	done
+
+test: .venv/installed
+	.venv/bin/pytest
+
+bench: .venv/installed
+	.venv/bin/python tests/bench.py
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/installed: requirements.txt tests/requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -r requirements.txt -r tests/requirements.txt
+	@touch $@
