@@ -1,0 +1,110 @@
+"""Side-by-side benchmark: each training against the textbook way of writing it, in paired rounds of one run.
+
+The ratio of a round compares two measurements taken one after the other, so a slow moment of the machine
+hits both. The table gives the medians over the rounds.
+"""
+
+import os
+import statistics
+import struct
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from conftest import load_definitions
+from torch.utils.data import DataLoader, Subset
+from torchvision import datasets, transforms
+
+ROUNDS = 3
+
+
+def data_folder(name, scratch):
+    """The real data if HW5_DATA or data/ has them, else random images in the same format (same cost)."""
+    for folder in (os.environ.get("HW5_DATA", "data"), "data"):
+        if (Path(folder) / name / "raw" / "train-images-idx3-ubyte").exists():
+            return folder
+    rng, raw = np.random.default_rng(0), Path(scratch, name, "raw")
+    raw.mkdir(parents=True)
+    for part, n in (("train", 60000), ("t10k", 10000)):
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        images[:, :, :14] = 0  # half of the pixels black, as in the real images
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + images.tobytes())
+        labels = rng.integers(0, 10, n, dtype=np.uint8)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + labels.tobytes())
+    return scratch
+
+
+def textbook_vae_epoch(notebook, dataset):
+    """An epoch as PyTorch's VAE example has it: DataLoader and ToTensor, float32, default Adam."""
+    model = notebook["VAE"]().to(notebook["DEVICE"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loader = DataLoader(dataset, batch_size=128, shuffle=True)
+
+    def epoch():
+        total = 0.0
+        for x, _ in loader:
+            x = x.view(-1, 784).to(notebook["DEVICE"])
+            optimizer.zero_grad()
+            logits, mu, logvar = model(x)
+            bce = F.binary_cross_entropy(torch.sigmoid(logits), x, reduction="sum")
+            kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+            loss = (bce + kl) / len(x)
+            loss.backward()
+            total += loss.item()
+            optimizer.step()
+        return total
+
+    return epoch
+
+
+def notebook_vae_epoch(notebook, dataset):
+    """An epoch of the notebook's own training, its three weight averages included."""
+    rows = torch.tensor(dataset.indices)
+    notebook["x_train"] = dataset.dataset.data.flatten(1)[rows].to(notebook["DEVICE"])
+    notebook["y_train"] = dataset.dataset.targets[rows].to(notebook["DEVICE"])
+    notebook["data"] = SimpleNamespace(blobs={})
+    model = notebook["VAE"]().to(notebook["DEVICE"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    ema = {decay: notebook["get_ema_multi_avg_fn"](decay) for decay in notebook["DECAYS"]}
+    averages = {decay: notebook["AveragedModel"](model, multi_avg_fn=function) for decay, function in ema.items()}
+    return lambda: notebook["train_epoch"](model, averages, optimizer)
+
+
+def seconds(function):
+    """Wall-clock seconds of one call, the device's queue emptied."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(label, textbook, ours):
+    """Print a row of the table: median seconds of both, and the median of the paired ratios."""
+    pairs = [(seconds(textbook), seconds(ours)) for _ in range(ROUNDS)]
+    a, b = (statistics.median(side) for side in zip(*pairs))
+    ratio = statistics.median(x / y for x, y in pairs)
+    print(f"{label:<46} {a:>10.2f} {b:>10.2f} {ratio:>7.1f}x", flush=True)
+
+
+def main():
+    with tempfile.TemporaryDirectory() as scratch:
+        notebook = load_definitions("hw5_vae", OUT=scratch)
+        source = data_folder("FashionMNIST", scratch)
+        fashion = datasets.FashionMNIST(source, train=True, transform=transforms.ToTensor())
+        part = Subset(fashion, range(48000))
+        print(f"{torch.get_num_threads()} threads, {ROUNDS} paired rounds, medians\n")
+        print(f"{'':<46} {'textbook s':>10} {'here s':>10} {'ratio':>8}")
+        textbook, ours = textbook_vae_epoch(notebook, part), notebook_vae_epoch(notebook, part)
+        compare("VAE, one epoch (48,000 images, batch 128)", textbook, ours)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Load the notebooks' own definition cells, and run whole notebooks, for the tests."""
+
+import json
+import os
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import papermill
+import pytest
+import torch
+
+matplotlib.use("Agg")
+os.environ["TQDM_DISABLE"] = "1"
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(path.stem for path in ROOT.glob("hw5_*.ipynb"))
+
+
+def cells(notebook, *tags):
+    """Sources of a notebook's code cells that have one of the tags, in order."""
+    found = nbformat.read(ROOT / f"{notebook}.ipynb", as_version=4).cells
+    return [c.source for c in found if c.cell_type == "code" and set(tags) & set(c.metadata.get("tags", []))]
+
+
+def load_definitions(notebook, **parameters):
+    """Execute the parameters (overridden), shared and definition cells. Returns the namespace, a dict."""
+    namespace = {}
+    exec("\n".join(cells(notebook, "parameters")), namespace)
+    namespace.update(parameters)
+    for number, source in enumerate(cells(notebook, "shared", "definitions")):
+        exec(compile(source, f"{notebook}.ipynb, definition cell {number}", "exec"), namespace)
+    return namespace
+
+
+def run_notebook(notebook, folder, **parameters):
+    """Run a whole notebook into a folder. Returns the executed notebook."""
+    parameters = {"OUT": str(folder), "DATA": "demo", **parameters}
+    source, target = ROOT / f"{notebook}.ipynb", folder / f"{notebook}.ipynb"
+    folder.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(source, target, parameters, cwd=folder, progress_bar=False)
+    return nbformat.read(target, as_version=4)
+
+
+def read_metrics(folder, notebook):
+    """The metrics file that a run left in a folder."""
+    return json.loads((folder / "figures" / f"{notebook}_metrics.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The data folder with the real files; skips the test where there is none."""
+    folder = os.environ.get("HW5_DATA", str(ROOT / "data"))
+    if not (Path(folder) / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte").exists():
+        pytest.skip("needs the real data: set HW5_DATA to the folder that holds them")
+    return str(Path(folder).resolve())
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

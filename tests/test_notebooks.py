@@ -1,0 +1,76 @@
+"""Whole notebooks: on the demo data, from saved weights, and against the committed report."""
+
+import json
+
+import pytest
+from conftest import NOTEBOOKS, ROOT, read_metrics, run_notebook
+
+QUICK = {"hw5_vae": {"EPOCHS": 20}}  # parameters of a demo run that is as short as it can be
+
+
+@pytest.fixture(scope="module", params=NOTEBOOKS)
+def demo(request, tmp_path_factory):
+    """A notebook run on the demo data: its name, its folder, the executed notebook."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, folder, run_notebook(request.param, folder, **QUICK[request.param])
+
+
+def assert_close(metrics, expected, rel):
+    """All metrics are equal, floats up to a tolerance, but for those that describe the run and the machine."""
+    assert metrics.keys() == expected.keys()
+    for key in expected.keys() - {"seconds_total", "device", "precision", "versions"}:
+        value = expected[key]
+        if isinstance(value, float):
+            # t-SNE magnifies the last bits of a sum, which differ between processors.
+            value = (
+                pytest.approx(value, rel=0.05, abs=0.03) if "map" in key else pytest.approx(value, rel=rel, abs=rel)
+            )
+        assert metrics[key] == value, key
+
+
+def outputs_of(notebook):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def test_demo_run_says_so_and_writes_only_under_demo(demo):
+    name, folder, executed = demo
+    results = executed.cells[1].outputs[0]["data"]["text/html"]
+    assert "DEMO RUN" in results
+    assert "<table" in results
+    metrics = read_metrics(folder / "demo", name)
+    assert (metrics["mode"], metrics["split"], metrics["data_blobs"]) == ("demo", "demo", {})
+    written = [path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()]
+    assert set(written) == {"demo", f"{name}.ipynb"}
+    assert not list((folder / "demo" / "state").iterdir()), "a finished run leaves nothing to resume"
+    assert not [output for output in outputs_of(executed) if output.get("name") == "stderr"]
+
+
+def test_saved_weights_re_render_the_same_numbers(demo, tmp_path):
+    name, folder, _ = demo
+    run_notebook(name, tmp_path, TRAIN=False, SAVED=str(folder / "demo"), **QUICK[name])
+    again, first = read_metrics(tmp_path / "demo", name), read_metrics(folder / "demo", name)
+    assert_close(again, first, rel=1e-5)
+
+
+def test_committed_metrics_follow_from_the_committed_weights(tmp_path, real_data):
+    """The notebooks with TRAIN = False on the real data give the committed metrics again."""
+    for name in NOTEBOOKS:
+        run_notebook(name, tmp_path, TRAIN=False, SAVED=str(ROOT), DATA=real_data)
+        assert_close(read_metrics(tmp_path, name), read_metrics(ROOT, name), rel=2e-3)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_metrics_file_is_complete_and_plain(name):
+    metrics = json.loads((ROOT / "figures" / f"{name}_metrics.json").read_text())
+    common = {"mode", "split", "data_blobs", "device", "versions", "seconds_total"}
+    assert common | REQUIRED[name] <= metrics.keys()
+    assert metrics["mode"] == "full"
+    assert metrics["data_blobs"]
+
+
+REQUIRED = {
+    "hw5_vae": {"pixel_entropy_floor", "precision"}
+    | {f"{m}_{s}_{k}" for m in ("vae", "cvae") for s in ("train", "val", "test") for k in ("nelbo", "bce", "kl")}
+    | {f"{m}_{key}" for m in ("vae", "cvae") for key in ("test_iwae", "epochs", "silhouette")}
+    | {f"{m}_mu_{key}" for m in ("vae", "cvae") for key in ("linear_probe", "knn")},
+}
