@@ -13,7 +13,7 @@ from conftest import NOTEBOOKS, ROOT, cells
 
 def test_shared_cells_are_identical():
     shared = {notebook: cells(notebook, "shared") for notebook in NOTEBOOKS}
-    assert all(len(sources) == 4 for sources in shared.values())
+    assert all(len(sources) == 5 for sources in shared.values())
     assert len({tuple(sources) for sources in shared.values()}) == 1
 
 
@@ -23,8 +23,8 @@ def test_notebook_is_self_contained_and_in_order(notebook):
     nbformat.validate(found)
     code = [c for c in found.cells if c.cell_type == "code"]
     assert "parameters" in code[1].metadata["tags"]  # after the results at the top
-    assert all("shared" in c.metadata["tags"] and c.metadata["jupyter"]["source_hidden"] for c in code[2:6])
-    assert all(len(c.source.splitlines()) <= 60 for c in code if "shared" not in c.metadata.get("tags", []))
+    assert all("shared" in c.metadata["tags"] and c.metadata["jupyter"]["source_hidden"] for c in code[2:7])
+    assert all(len(c.source.splitlines()) <= 60 for c in code)
     modules = {m for c in code for m in re.findall(r"^(?:from|import) (\w+)", c.source, re.MULTILINE)}
     known = {"IPython", "matplotlib", "numpy", "pandas", "sklearn", "torch", "torchvision", "tqdm"}
     assert modules - set(sys.stdlib_module_names) <= known

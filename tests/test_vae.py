@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_definitions
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
 N_TRAIN, N_VAL = 384, 128
@@ -246,3 +247,22 @@ def test_codes_are_in_order_and_z_is_drawn_from_q(notebook):
     eps = (codes["z"] - codes["mu"]) / codes["sigma"]
     assert abs(eps.mean()) < 0.03
     assert eps.std() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", ["VAE", "CVAE"])
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_everything_stays_on_a_gpu(tmp_path, precision, model):
+    """Fake tensors on a CUDA device need no GPU, and refuse operations that mix devices."""
+    notebook = load_definitions("hw5_vae", OUT=str(tmp_path), PRECISION=precision)
+    notebook["DEVICE"] = torch.device("cuda")
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            network = notebook[model]()
+        x = torch.zeros(128, 784, dtype=torch.uint8, device="cuda")
+        c, z = torch.zeros(128, dtype=torch.int64, device="cuda"), torch.zeros(128, 20, device="cuda")
+        assert notebook["training_loss"](network, x, c).device.type == "cuda"
+        assert notebook["reconstruct"](network, x, c).device.type == "cuda"
+        assert notebook["sample"](network, z, c).device.type == "cuda"
+        with pytest.raises(RuntimeError, match="device"):
+            notebook["training_loss"](network, x.to("cpu"), c)
