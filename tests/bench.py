@@ -7,11 +7,9 @@ hits both. The table gives the medians over the rounds.
 import os
 import statistics
 import struct
-import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -67,7 +65,6 @@ def notebook_vae_epoch(notebook, dataset):
     rows = torch.tensor(dataset.indices)
     notebook["x_train"] = dataset.dataset.data.flatten(1)[rows].to(notebook["DEVICE"])
     notebook["y_train"] = dataset.dataset.targets[rows].to(notebook["DEVICE"])
-    notebook["data"] = SimpleNamespace(blobs={})
     model = notebook["VAE"]().to(notebook["DEVICE"])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     ema = {decay: notebook["get_ema_multi_avg_fn"](decay) for decay in notebook["DECAYS"]}
@@ -107,4 +104,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
