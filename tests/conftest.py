@@ -50,7 +50,8 @@ def read_metrics(folder, notebook):
 def real_data():
     """The data folder with the real files; skips the test where there is none."""
     folder = os.environ.get("HW5_DATA", str(ROOT / "data"))
-    if not (Path(folder) / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte").exists():
+    needed = [Path(folder, name, "raw", "t10k-images-idx3-ubyte") for name in ("FashionMNIST", "KMNIST")]
+    if not all(path.exists() for path in needed):
         pytest.skip("needs the real data: set HW5_DATA to the folder that holds them")
     return str(Path(folder).resolve())
 
