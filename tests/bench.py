@@ -10,6 +10,7 @@ import struct
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -72,6 +73,81 @@ def notebook_vae_epoch(notebook, dataset):
     return lambda: notebook["train_epoch"](model, averages, optimizer)
 
 
+def textbook_rbm_epoch(notebook, dataset):
+    """An epoch as the usual RBM template has it, Gaussian visible units put in: DataLoader and ToTensor, float32."""
+    rbm = notebook["GBRBM"](256, *notebook["ALTERNATIVES"][notebook["CHOICE"][256]]).to(notebook["DEVICE"])
+    W, b, alpha, sigma = rbm.W, rbm.b, rbm.alpha, torch.exp(rbm.log_sigma)
+    optimizer = torch.optim.Adam([W, b, alpha], lr=1e-3)
+    loader = DataLoader(dataset, batch_size=128, shuffle=True)
+
+    def free_energy(v):
+        quadratic = ((v - b) ** 2 / (2 * sigma**2)).sum(1)
+        return (quadratic - F.softplus(F.linear(v / sigma, W, alpha)).sum(1)).mean()
+
+    def epoch():
+        total = 0.0
+        for x, _ in loader:
+            v = end = x.view(-1, 784).to(notebook["DEVICE"])
+            for _ in range(5):
+                h = torch.bernoulli(torch.sigmoid(F.linear(end / sigma, W, alpha)))
+                mean = b + sigma * F.linear(h, W.t())
+                end = mean + sigma * torch.randn_like(mean)
+            loss = free_energy(v) - free_energy(end.detach())
+            optimizer.zero_grad()
+            loss.backward()
+            total += loss.item()
+            optimizer.step()
+        return total
+
+    return epoch
+
+
+def notebook_rbm_epoch(notebook, dataset):
+    """An epoch of the notebook's own training, the images already on the device."""
+    x = dataset.data.flatten(1).float().to(notebook["DEVICE"]) / 255
+    rbm = notebook["GBRBM"](256, *notebook["ALTERNATIVES"][notebook["CHOICE"][256]]).to(notebook["DEVICE"])
+    parameters = [p for p in rbm.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
+    return lambda: notebook["train_epoch"](rbm, optimizer, x)
+
+
+def textbook_gan_steps(notebook, dataset):
+    """Steps as PyTorch's DCGAN example takes them: DataLoader, float32, the players in turn."""
+    generator, discriminator = (notebook[name]().to(notebook["DEVICE"]) for name in ("Generator", "Discriminator"))
+    optimizer_g, optimizer_d = (
+        torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999)) for network in (generator, discriminator)
+    )
+    loader = DataLoader(dataset, batch_size=128, shuffle=True)
+
+    def log_probability(logits):
+        return torch.log(torch.sigmoid(logits)).mean()
+
+    def steps():
+        total = 0.0
+        for x, _ in loader:
+            x = x.to(notebook["DEVICE"])
+            fake = generator(torch.randn(len(x), 100, device=notebook["DEVICE"]))
+            discriminator.zero_grad()
+            loss_d = -log_probability(discriminator(x)) - log_probability(-discriminator(fake.detach()))
+            loss_d.backward()
+            optimizer_d.step()
+            generator.zero_grad()
+            loss_g = log_probability(-discriminator(fake))
+            loss_g.backward()
+            optimizer_g.step()
+            total += loss_d.item() + loss_g.item()
+        return total
+
+    return steps
+
+
+def notebook_gan_steps(notebook, dataset):
+    """As many steps of the notebook's own training, the average of the generator included."""
+    notebook["x_train"] = dataset.dataset.data[torch.tensor(dataset.indices)].to(notebook["DEVICE"])
+    players, optimizers, average = notebook["make_players"](notebook["DROPOUT"])
+    return lambda: notebook["train_epoch"](players, optimizers, average, "minimax", 2e-4)
+
+
 def seconds(function):
     """Wall-clock seconds of one call, the device's queue emptied."""
     if torch.cuda.is_available():
@@ -101,6 +177,20 @@ def main():
         print(f"{'':<46} {'textbook s':>10} {'here s':>10} {'ratio':>8}")
         textbook, ours = textbook_vae_epoch(notebook, part), notebook_vae_epoch(notebook, part)
         compare("VAE, one epoch (48,000 images, batch 128)", textbook, ours)
+
+        kuzushiji = datasets.KMNIST(data_folder("KMNIST", scratch), train=True, transform=transforms.ToTensor())
+        images = kuzushiji.data[:512].flatten(1).float() / 255  # what the definitions want to see
+        placeholders = {"x_train": images, "x_test": images, "split": "default"}
+        placeholders["data"] = SimpleNamespace(blobs={}, mode="full")
+        notebook = load_definitions("hw5_rbm", OUT=scratch, **placeholders)
+        textbook, ours = textbook_rbm_epoch(notebook, kuzushiji), notebook_rbm_epoch(notebook, kuzushiji)
+        compare("RBM M = 256, one epoch (60,000 images, CD-5)", textbook, ours)
+        notebook = load_definitions("hw5_gan", OUT=scratch)
+        scaled = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+        digits = datasets.MNIST(data_folder("MNIST", scratch), train=True, transform=scaled)
+        part = Subset(digits, range(20 * 128))
+        textbook, ours = textbook_gan_steps(notebook, part), notebook_gan_steps(notebook, part)
+        compare("DCGAN, 20 steps (batch 128)", textbook, ours)
 
 
 if __name__ == "__main__":
