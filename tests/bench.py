@@ -38,27 +38,29 @@ def data_folder(name, scratch):
     return scratch
 
 
+def pass_over(dataset, step, device):
+    """The textbook's pass over a data set: a DataLoader, and each batch of images copied to the device."""
+    loader = DataLoader(dataset, batch_size=128, shuffle=True)
+    return lambda: sum(step(x.to(device)).item() for x, _ in loader)
+
+
 def textbook_vae_epoch(notebook, dataset):
-    """An epoch as PyTorch's VAE example has it: DataLoader and ToTensor, float32, default Adam."""
+    """An epoch as PyTorch's VAE example has it: ToTensor, float32, default Adam."""
     model = notebook["VAE"]().to(notebook["DEVICE"])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    loader = DataLoader(dataset, batch_size=128, shuffle=True)
 
-    def epoch():
-        total = 0.0
-        for x, _ in loader:
-            x = x.view(-1, 784).to(notebook["DEVICE"])
-            optimizer.zero_grad()
-            logits, mu, logvar = model(x)
-            bce = F.binary_cross_entropy(torch.sigmoid(logits), x, reduction="sum")
-            kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
-            loss = (bce + kl) / len(x)
-            loss.backward()
-            total += loss.item()
-            optimizer.step()
-        return total
+    def step(x):
+        x = x.view(-1, 784)
+        optimizer.zero_grad()
+        logits, mu, logvar = model(x)
+        bce = F.binary_cross_entropy(torch.sigmoid(logits), x, reduction="sum")
+        kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+        loss = (bce + kl) / len(x)
+        loss.backward()
+        optimizer.step()
+        return loss
 
-    return epoch
+    return pass_over(dataset, step, notebook["DEVICE"])
 
 
 def notebook_vae_epoch(notebook, dataset):
@@ -73,79 +75,72 @@ def notebook_vae_epoch(notebook, dataset):
     return lambda: notebook["train_epoch"](model, averages, optimizer)
 
 
+def new_rbm(notebook):
+    """The RBM with 256 hidden units, as the notebook starts it."""
+    return notebook["GBRBM"](256, *notebook["ALTERNATIVES"][notebook["CHOICE"][256]]).to(notebook["DEVICE"])
+
+
 def textbook_rbm_epoch(notebook, dataset):
-    """An epoch as the usual RBM template has it, Gaussian visible units put in: DataLoader and ToTensor, float32."""
-    rbm = notebook["GBRBM"](256, *notebook["ALTERNATIVES"][notebook["CHOICE"][256]]).to(notebook["DEVICE"])
+    """An epoch as the usual RBM template has it, Gaussian visible units put in: ToTensor, float32."""
+    rbm = new_rbm(notebook)
     W, b, alpha, sigma = rbm.W, rbm.b, rbm.alpha, torch.exp(rbm.log_sigma)
     optimizer = torch.optim.Adam([W, b, alpha], lr=1e-3)
-    loader = DataLoader(dataset, batch_size=128, shuffle=True)
 
     def free_energy(v):
         quadratic = ((v - b) ** 2 / (2 * sigma**2)).sum(1)
         return (quadratic - F.softplus(F.linear(v / sigma, W, alpha)).sum(1)).mean()
 
-    def epoch():
-        total = 0.0
-        for x, _ in loader:
-            v = end = x.view(-1, 784).to(notebook["DEVICE"])
-            for _ in range(5):
-                h = torch.bernoulli(torch.sigmoid(F.linear(end / sigma, W, alpha)))
-                mean = b + sigma * F.linear(h, W.t())
-                end = mean + sigma * torch.randn_like(mean)
-            loss = free_energy(v) - free_energy(end.detach())
-            optimizer.zero_grad()
-            loss.backward()
-            total += loss.item()
-            optimizer.step()
-        return total
+    def step(x):
+        v = end = x.view(-1, 784)
+        for _ in range(5):
+            h = torch.bernoulli(torch.sigmoid(F.linear(end / sigma, W, alpha)))
+            mean = b + sigma * F.linear(h, W.t())
+            end = mean + sigma * torch.randn_like(mean)
+        loss = free_energy(v) - free_energy(end.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
 
-    return epoch
+    return pass_over(dataset, step, notebook["DEVICE"])
 
 
 def notebook_rbm_epoch(notebook, dataset):
     """An epoch of the notebook's own training, the images already on the device."""
-    x = dataset.data.flatten(1).float().to(notebook["DEVICE"]) / 255
-    rbm = notebook["GBRBM"](256, *notebook["ALTERNATIVES"][notebook["CHOICE"][256]]).to(notebook["DEVICE"])
-    parameters = [p for p in rbm.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
+    x, rbm = dataset.data.flatten(1).float().to(notebook["DEVICE"]) / 255, new_rbm(notebook)
+    optimizer = torch.optim.Adam([p for p in rbm.parameters() if p.requires_grad], lr=1e-3, fused=True)
     return lambda: notebook["train_epoch"](rbm, optimizer, x)
 
 
 def textbook_gan_steps(notebook, dataset):
-    """Steps as PyTorch's DCGAN example takes them: DataLoader, float32, the players in turn."""
+    """Steps as PyTorch's DCGAN example takes them: float32, the players in turn."""
     generator, discriminator = (notebook[name]().to(notebook["DEVICE"]) for name in ("Generator", "Discriminator"))
-    optimizer_g, optimizer_d = (
-        torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999)) for network in (generator, discriminator)
-    )
-    loader = DataLoader(dataset, batch_size=128, shuffle=True)
+    options = {"lr": notebook["LEARNING_RATE"], "betas": (0.5, 0.999)}
+    optimizer_g, optimizer_d = (torch.optim.Adam(p.parameters(), **options) for p in (generator, discriminator))
 
     def log_probability(logits):
         return torch.log(torch.sigmoid(logits)).mean()
 
-    def steps():
-        total = 0.0
-        for x, _ in loader:
-            x = x.to(notebook["DEVICE"])
-            fake = generator(torch.randn(len(x), 100, device=notebook["DEVICE"]))
-            discriminator.zero_grad()
-            loss_d = -log_probability(discriminator(x)) - log_probability(-discriminator(fake.detach()))
-            loss_d.backward()
-            optimizer_d.step()
-            generator.zero_grad()
-            loss_g = log_probability(-discriminator(fake))
-            loss_g.backward()
-            optimizer_g.step()
-            total += loss_d.item() + loss_g.item()
-        return total
+    def step(x):
+        fake = generator(torch.randn(len(x), 100, device=x.device))
+        discriminator.zero_grad()
+        loss_d = -log_probability(discriminator(x)) - log_probability(-discriminator(fake.detach()))
+        loss_d.backward()
+        optimizer_d.step()
+        generator.zero_grad()
+        loss_g = log_probability(-discriminator(fake))
+        loss_g.backward()
+        optimizer_g.step()
+        return loss_d + loss_g
 
-    return steps
+    return pass_over(dataset, step, notebook["DEVICE"])
 
 
 def notebook_gan_steps(notebook, dataset):
     """As many steps of the notebook's own training, the average of the generator included."""
     notebook["x_train"] = dataset.dataset.data[torch.tensor(dataset.indices)].to(notebook["DEVICE"])
     players, optimizers, average = notebook["make_players"](notebook["DROPOUT"])
-    return lambda: notebook["train_epoch"](players, optimizers, average, "minimax", 2e-4)
+    return lambda: notebook["train_epoch"](players, optimizers, average, "minimax", notebook["LEARNING_RATE"])
 
 
 def seconds(function):
@@ -185,6 +180,7 @@ def main():
         notebook = load_definitions("hw5_rbm", OUT=scratch, **placeholders)
         textbook, ours = textbook_rbm_epoch(notebook, kuzushiji), notebook_rbm_epoch(notebook, kuzushiji)
         compare("RBM M = 256, one epoch (60,000 images, CD-5)", textbook, ours)
+
         notebook = load_definitions("hw5_gan", OUT=scratch)
         scaled = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
         digits = datasets.MNIST(data_folder("MNIST", scratch), train=True, transform=scaled)

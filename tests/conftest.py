@@ -1,7 +1,12 @@
 """Load the notebooks' own definition cells, and run whole notebooks, for the tests."""
 
 import json
+import math
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import matplotlib
@@ -41,6 +46,33 @@ def run_notebook(notebook, folder, **parameters):
     return nbformat.read(target, as_version=4)
 
 
+def kill_in_training(module, folder, run):
+    """Start the module's fit_small(folder) as a process, and kill it once the run has saved its first epochs.
+
+    Returns how many epochs it had done.
+    """
+    code = f"from {module} import fit_small; fit_small({str(folder)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "tests")
+    state = folder / "state" / f"{run}.pt"
+    while not state.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    return len(torch.load(state, weights_only=True)["history"])
+
+
+def poison_training(notebook, after):
+    """Let the notebook's train_step return NaN after so many steps."""
+    step, calls = notebook["train_step"], []
+
+    def poisoned(*args):
+        calls.append(1)
+        return step(*args) * (math.nan if len(calls) > after else 1)
+
+    notebook["train_step"] = poisoned
+
+
 def read_metrics(folder, notebook):
     """The metrics file that a run left in a folder."""
     return json.loads((folder / "figures" / f"{notebook}_metrics.json").read_text())
@@ -50,8 +82,8 @@ def read_metrics(folder, notebook):
 def real_data():
     """The data folder with the real files; skips the test where there is none."""
     folder = os.environ.get("HW5_DATA", str(ROOT / "data"))
-    needed = [Path(folder, name, "raw", "t10k-images-idx3-ubyte") for name in ("FashionMNIST", "KMNIST")]
-    if not all(path.exists() for path in needed):
+    datasets = "MNIST", "KMNIST", "FashionMNIST"
+    if not all(Path(folder, name, "raw", "t10k-images-idx3-ubyte").exists() for name in datasets):
         pytest.skip("needs the real data: set HW5_DATA to the folder that holds them")
     return str(Path(folder).resolve())
 

@@ -3,10 +3,6 @@
 import itertools
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -14,7 +10,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_definitions
+from conftest import ROOT, kill_in_training, load_definitions
 from sklearn.decomposition import PCA
 from test_data import FILES, idx_files, no_network, place, publish
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -307,15 +303,7 @@ def test_two_runs_give_the_same_numbers(uninterrupted, tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(uninterrupted, tmp_path):
-    code = f"from test_rbm import fit_small; fit_small({str(tmp_path)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "tests")
-    state = tmp_path / "state" / "toy.pt"
-    while not state.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert 1 <= len(torch.load(state, weights_only=True)["history"]) < EPOCHS
+    assert 1 <= kill_in_training("test_rbm", tmp_path, "toy") < EPOCHS
     assert same(fit_small(tmp_path), uninterrupted)
 
 

@@ -2,16 +2,12 @@
 
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_definitions
+from conftest import kill_in_training, load_definitions, poison_training
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
@@ -173,13 +169,7 @@ def test_stopping_rule_and_choice_of_weights(notebook):
 
 def test_divergence_stops_with_a_message_and_keeps_the_last_state(tmp_path):
     notebook = small_problem(tmp_path)
-    step, calls = notebook["train_step"], []
-
-    def poisoned(*args):
-        calls.append(1)
-        return step(*args) * (math.nan if len(calls) > 6 else 1)
-
-    notebook["train_step"] = poisoned
+    poison_training(notebook, after=6)
     with pytest.raises(FloatingPointError, match=r"vae: training broke down in epoch 3 .*after epoch 2 is kept"):
         notebook["fit"]("vae", notebook["VAE"])
     assert len(notebook["load_state"](tmp_path / "state" / "vae.pt")["history"]) == 2
@@ -206,16 +196,7 @@ def test_two_runs_give_the_same_numbers(uninterrupted, tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(uninterrupted, tmp_path):
-    code = f"from test_vae import fit_small; fit_small({str(tmp_path)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "tests")
-    state = tmp_path / "state" / "cvae.pt"
-    while not state.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    done = len(torch.load(state, weights_only=True)["history"])
-    assert 1 <= done < 12
+    assert 1 <= kill_in_training("test_vae", tmp_path, "cvae") < 12
     assert same(fit_small(tmp_path), uninterrupted)
 
 
