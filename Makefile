@@ -9,10 +9,9 @@ NOTEBOOKS ?= $(wildcard hw5_*.ipynb)
 # Progress bars are for people at a notebook. A saved notebook keeps the log lines instead.
 EXECUTE = TQDM_DISABLE=1 .venv/bin/papermill --no-progress-bar --log-output
 
-# The only metadata that committed notebooks keep: no timestamps, no paths.
-CLEAR = --ClearMetadataPreprocessor.enabled=True \
-	--ClearMetadataPreprocessor.preserve_nb_metadata_mask='["kernelspec", "language_info", "accelerator", "colab"]' \
-	--ClearMetadataPreprocessor.preserve_cell_metadata_mask='["tags", "jupyter", "cellView"]'
+# What papermill notes in an executed notebook, times and paths, is not committed. Outputs are.
+CLEAN = .venv/bin/nbstripout --keep-output --keep-count --keep-id \
+	--extra-keys "metadata.papermill cell.metadata.papermill"
 
 .PHONY: run report test bench lint
 
@@ -28,7 +27,7 @@ report: .venv/installed
 		grep -qs '"mode": "full"' runs/report/figures/$${n%.ipynb}_metrics.json \
 			|| { echo "$$n: the data could not be had; a demo is not a report, so nothing was replaced."; exit 1; }; \
 		cp runs/report/figures/* figures/ && cp runs/report/checkpoints/* checkpoints/ || exit 1; \
-		.venv/bin/jupyter nbconvert --log-level WARN --to notebook $(CLEAR) runs/report/$$n --output-dir . || exit 1; \
+		$(CLEAN) runs/report/$$n && cp runs/report/$$n . || exit 1; \
 	done
 
 test: .venv/installed

@@ -38,6 +38,7 @@ def test_committed_outputs_are_one_clean_real_run(notebook):
     outputs = [output for c in code for output in c.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert "DEMO" not in json.dumps(outputs)
+    assert not [m for m in (found.metadata, *(c.metadata for c in found.cells)) if "papermill" in m]  # times, paths
     assert json.loads((ROOT / "figures" / f"{notebook}_metrics.json").read_text())["mode"] == "full"
 
 
