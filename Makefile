@@ -1,6 +1,7 @@
 # make run     execute the notebooks into runs/ (needs nothing but Python; the committed report is not touched)
 # make report  the same, then put notebooks, figures/ and checkpoints/ in place of the committed ones
 # make test    run the tests
+# make html    the committed report as HTML pages in runs/html/, for those without Jupyter
 # make bench   compare with the textbook way, side by side
 # make lint    ruff: style and format of notebooks and tests
 
@@ -13,7 +14,7 @@ EXECUTE = TQDM_DISABLE=1 .venv/bin/papermill --no-progress-bar --log-output
 CLEAN = .venv/bin/nbstripout --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill"
 
-.PHONY: run report test bench lint
+.PHONY: run report test html bench lint
 
 run: .venv/installed
 	@mkdir -p runs
@@ -33,6 +34,9 @@ report: .venv/installed
 test: .venv/installed
 	.venv/bin/pytest
 
+html: .venv/installed
+	.venv/bin/python tests/pages.py runs/html
+
 bench: .venv/installed
 	.venv/bin/python tests/bench.py
 
@@ -43,4 +47,5 @@ lint: .venv/installed
 .venv/installed: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -r requirements.txt -r tests/requirements.txt
+	.venv/bin/python -m pip install --quiet --no-deps sphinx-mathjax-offline  # MathJax; Sphinx is not needed
 	@touch $@
