@@ -1,12 +1,14 @@
-"""Load the notebooks' own definition cells, and run whole notebooks, for the tests."""
+"""Load the notebooks' own definition cells, run whole notebooks, and keep a table of faults, for the tests."""
 
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +21,7 @@ matplotlib.use("Agg")
 os.environ["TQDM_DISABLE"] = "1"
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.stem for path in ROOT.glob("hw5_*.ipynb"))
+FAULTS = {}  # what goes wrong: what is said or done about it
 
 
 def cells(notebook, *tags):
@@ -46,7 +49,24 @@ def run_notebook(notebook, folder, **parameters):
     return nbformat.read(target, as_version=4)
 
 
-def kill_in_training(module, folder, run):
+@contextmanager
+def refused(fault, error, match):
+    """Expect an error whose one-line message matches, and note it in the table of faults."""
+    with pytest.raises(error, match=match) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    FAULTS[fault] = re.sub(r"/\S*/", "", message)  # without this test's temporary folder
+
+
+def pytest_terminal_summary(terminalreporter):
+    if FAULTS:
+        terminalreporter.section("faults, and what is said or done about them")
+        for fault, answer in FAULTS.items():
+            terminalreporter.write_line(f"{fault}: {answer}")
+
+
+def kill_in_training(module, folder, run, by=signal.SIGKILL):
     """Start the module's fit_small(folder) as a process, and kill it once the run has saved its first epochs.
 
     Returns how many epochs it had done.
@@ -57,8 +77,8 @@ def kill_in_training(module, folder, run):
     while not state.exists():
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.send_signal(by)
+    assert process.wait() == -by
     return len(torch.load(state, weights_only=True)["history"])
 
 

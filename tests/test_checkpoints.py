@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import NOTEBOOKS, load_definitions
+from conftest import NOTEBOOKS, load_definitions, refused
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_full_disk_keeps_the_old_file_and_names_the_remedy(notebook, tmp_path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(path), "write_bytes", full)
-    with pytest.raises(OSError, match=r"cannot write .*a\.pt \(No space left on device\): free some space"):
+    with refused("disk full", OSError, r"cannot write .*a\.pt \(No space left on device\): free some space"):
         notebook["write"](path, b"newer")
     assert path.read_bytes() == b"good"
     assert os.listdir(tmp_path) == ["a.pt"]
@@ -39,12 +39,12 @@ def test_full_disk_keeps_the_old_file_and_names_the_remedy(notebook, tmp_path, m
 
 def test_unwritable_folder_names_the_remedy(notebook, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(OSError, match=r"cannot write .* set OUT to a folder that can be written"):
+    with refused("output folder not writable", OSError, r"cannot write .* set OUT to a folder that can be written"):
         notebook["write"](tmp_path / "file" / "a.pt", b"x")
 
 
 def test_missing_checkpoint_is_named(notebook, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"vae\.pt is missing: .*TRAIN = True"):
+    with refused("TRAIN = False without a checkpoint", FileNotFoundError, r"vae\.pt is missing: .*TRAIN = True"):
         notebook["load_state"](tmp_path / "vae.pt")
 
 
@@ -52,7 +52,7 @@ def test_missing_checkpoint_is_named(notebook, tmp_path):
 def test_truncated_checkpoint_is_refused(notebook, tmp_path, keep):
     notebook["save_state"](tmp_path / "a.pt", {"w": torch.zeros(1000)})
     (tmp_path / "b.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:keep])
-    with pytest.raises(RuntimeError, match=r"b\.pt is damaged"):
+    with refused("checkpoint truncated", RuntimeError, r"b\.pt is damaged"):
         notebook["load_state"](tmp_path / "b.pt")
 
 
@@ -67,7 +67,7 @@ class Malicious:
 @pytest.mark.parametrize("save", [torch.save, lambda state, path: path.write_bytes(pickle.dumps(state))])
 def test_executable_pickle_is_refused_and_not_run(notebook, tmp_path, save):
     save({"w": Malicious(str(tmp_path / "was_run"))}, tmp_path / "evil.pt")
-    with pytest.raises(RuntimeError, match=r"evil\.pt is damaged"):
+    with refused("checkpoint with a program in it (not run)", RuntimeError, r"evil\.pt is damaged"):
         notebook["load_state"](tmp_path / "evil.pt")
     assert not (tmp_path / "was_run").exists()
 
@@ -75,7 +75,7 @@ def test_executable_pickle_is_refused_and_not_run(notebook, tmp_path, save):
 @pytest.mark.parametrize("state", [{"w": torch.zeros(3)}, {"v": torch.zeros(2)}, {}])
 def test_checkpoint_of_another_model_is_refused(notebook, tmp_path, state):
     notebook["save_state"](tmp_path / "other.pt", state)
-    with pytest.raises(RuntimeError, match=r"other\.pt belongs to another model"):
+    with refused("checkpoint of another model", RuntimeError, r"other\.pt belongs to another model"):
         notebook["load_state"](tmp_path / "other.pt", like={"w": torch.zeros(2)})
 
 

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import NOTEBOOKS, load_definitions
+from conftest import NOTEBOOKS, load_definitions, refused
 
 FILES = (
     "train-images-idx3-ubyte",
@@ -74,15 +74,17 @@ def test_local_files_come_first(notebook, monkeypatch):
     assert list(data.blobs.values()) == notebook["BLOBS"]["MNIST"].split()
 
 
-@pytest.mark.parametrize("fault", ["truncated", "altered", "empty"])
+@pytest.mark.parametrize("fault", ["truncated", "altered", "empty", "of another shape"])
 def test_bad_local_file_is_named_and_refused(notebook, fault):
     files = idx_files(60, 20)
     publish(notebook, "MNIST", files)
     raw = place(notebook, "MNIST", files)
     content = files["train-images-idx3-ubyte"]
-    bad = {"truncated": content[:-100], "altered": content[:-1] + bytes([content[-1] ^ 1]), "empty": b""}[fault]
-    (raw / "train-images-idx3-ubyte").write_bytes(bad)
-    with pytest.raises(ValueError, match=r"MNIST/raw/train-images-idx3-ubyte is truncated or altered.*delete it"):
+    bad = {"truncated": content[:-100], "altered": content[:-1] + bytes([content[-1] ^ 1]), "empty": b""}
+    bad["of another shape"] = struct.pack(">4i", 2051, 60, 14, 56) + content[16:]
+    (raw / "train-images-idx3-ubyte").write_bytes(bad[fault])
+    said = r"MNIST/raw/train-images-idx3-ubyte is truncated or altered.*delete it"
+    with refused(f"data file {fault}", ValueError, said):
         notebook["load_data"]("MNIST")
 
 
