@@ -10,12 +10,15 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import matplotlib
 import nbformat
+import numpy as np
 import papermill
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 matplotlib.use("Agg")
 os.environ["TQDM_DISABLE"] = "1"
@@ -96,6 +99,22 @@ def poison_training(notebook, after):
 def read_metrics(folder, notebook):
     """The metrics file that a run left in a folder."""
     return json.loads((folder / "figures" / f"{notebook}_metrics.json").read_text())
+
+
+@contextmanager
+def fake_gpu():
+    """A CUDA device of fake tensors: no GPU is needed, mixed devices and NumPy on the device are refused.
+
+    Every number read from a tensor is 1. Networks have to be made on the device.
+    """
+
+    def numpy(tensor):
+        assert tensor.device.type == "cpu", "NumPy asked for a tensor on the GPU"
+        return np.ones(tensor.shape, np.float32)
+
+    read = patch.multiple(torch.Tensor, item=lambda tensor: 1.0, numpy=numpy)
+    with read, FakeTensorMode():
+        yield torch.device("cuda")
 
 
 @pytest.fixture(scope="session")
