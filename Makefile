@@ -32,7 +32,7 @@ report: .venv/installed
 	done
 
 test: .venv/installed
-	.venv/bin/pytest
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses=2 --dist=loadgroup
 
 html: .venv/installed
 	.venv/bin/python tests/pages.py runs/html

@@ -62,10 +62,21 @@ def refused(fault, error, match):
     FAULTS[fault] = re.sub(r"/\S*/", "", message)  # without this test's temporary folder
 
 
+@pytest.fixture(autouse=True)
+def report_faults(record_property):
+    """Hand the test's faults to its report, which comes back from the parallel processes."""
+    yield
+    while FAULTS:
+        record_property("fault", FAULTS.popitem())
+
+
 def pytest_terminal_summary(terminalreporter):
-    if FAULTS:
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    properties = [pair for report in reports for pair in getattr(report, "user_properties", [])]
+    answers = dict(sorted(value for name, value in properties if name == "fault"))
+    if answers:
         terminalreporter.section("faults, and what is said or done about them")
-        for fault, answer in FAULTS.items():
+        for fault, answer in answers.items():
             terminalreporter.write_line(f"{fault}: {answer}")
 
 

@@ -12,7 +12,8 @@ QUICK = {  # parameters of a demo run that is as short as it can be
 }
 
 
-@pytest.fixture(scope="module", params=NOTEBOOKS)
+# Tests of one demo run stay in one of the parallel processes.
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in NOTEBOOKS])
 def demo(request, tmp_path_factory):
     """A notebook run on the demo data: its name, its folder, the executed notebook."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -56,11 +57,11 @@ def test_saved_weights_re_render_the_same_numbers(demo, tmp_path):
     assert_close(again, first, rel=1e-5)
 
 
-def test_committed_metrics_follow_from_the_committed_weights(tmp_path, real_data):
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_metrics_follow_from_the_committed_weights(name, tmp_path, real_data):
     """The notebooks with TRAIN = False on the real data give the committed metrics again."""
-    for name in NOTEBOOKS:
-        run_notebook(name, tmp_path, TRAIN=False, SAVED=str(ROOT), DATA=real_data)
-        assert_close(read_metrics(tmp_path, name), read_metrics(ROOT, name), rel=2e-3)
+    run_notebook(name, tmp_path, TRAIN=False, SAVED=str(ROOT), DATA=real_data)
+    assert_close(read_metrics(tmp_path, name), read_metrics(ROOT, name), rel=2e-3)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
