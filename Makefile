@@ -14,16 +14,19 @@ EXECUTE = TQDM_DISABLE=1 .venv/bin/papermill --no-progress-bar --log-output
 CLEAN = .venv/bin/nbstripout --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill"
 
+# Ctrl-C, answered in a line.
+STOPPABLE = trap 'echo "Stopped. Finished epochs are kept, and the same command goes on after them."; exit 130' INT
+
 .PHONY: run report test html bench lint
 
 run: .venv/installed
 	@mkdir -p runs
-	@for n in $(NOTEBOOKS); do HW5_OUT=runs $(EXECUTE) $$n runs/$$n || exit 1; done
+	@$(STOPPABLE); for n in $(NOTEBOOKS); do HW5_OUT=runs $(EXECUTE) $$n runs/$$n || exit 1; done
 	@echo "The executed notebooks and their figures are in runs/."
 
 report: .venv/installed
 	@mkdir -p runs/report figures checkpoints
-	@for n in $(NOTEBOOKS); do \
+	@$(STOPPABLE); for n in $(NOTEBOOKS); do \
 		HW5_OUT=runs/report $(EXECUTE) $$n runs/report/$$n || exit 1; \
 		grep -qs '"mode": "full"' runs/report/figures/$${n%.ipynb}_metrics.json \
 			|| { echo "$$n: the data could not be had; a demo is not a report, so nothing was replaced."; exit 1; }; \

@@ -19,6 +19,8 @@ import papermill
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 matplotlib.use("Agg")
 os.environ["TQDM_DISABLE"] = "1"
@@ -112,20 +114,53 @@ def read_metrics(folder, notebook):
     return json.loads((folder / "figures" / f"{notebook}_metrics.json").read_text())
 
 
+class DeviceRules(TorchDispatchMode):
+    """Counts copies from and to the device, and refuses float64 on it, which Apple's MPS does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.device, self.copies = torch.device("cuda"), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        before, after = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), result))
+        assert not [t for t in after if t.is_cuda and t.dtype == torch.float64], f"float64 on the device: {func}"
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            self.copies += len({t.device.type for t in [*before, *after]}) > 1
+        return result
+
+    def read(self, value):
+        """A stand-in for a method of tensors that reads their number: this one, always."""
+
+        def reader(tensor):
+            self.copies += tensor.is_cuda
+            return value
+
+        return reader
+
+
 @contextmanager
 def fake_gpu():
     """A CUDA device of fake tensors: no GPU is needed, mixed devices and NumPy on the device are refused.
 
-    Every number read from a tensor is 1. Networks have to be made on the device.
+    Yields the DeviceRules, with .device and .copies. Every number read from a tensor is 1. Networks have to be made
+    on the device. Fake tensors have no backward pass, so it does nothing, and no optimiser has anything to do.
     """
 
     def numpy(tensor):
         assert tensor.device.type == "cpu", "NumPy asked for a tensor on the GPU"
         return np.ones(tensor.shape, np.float32)
 
-    read = patch.multiple(torch.Tensor, item=lambda tensor: 1.0, numpy=numpy)
-    with read, FakeTensorMode():
-        yield torch.device("cuda")
+    rules = DeviceRules()
+    methods = {"item": rules.read(1.0), "__bool__": rules.read(True), "numpy": numpy}
+    read = patch.multiple(torch.Tensor, backward=lambda *_, **__: None, **methods)
+
+    def another(network):  # a deep copy of fake tensors cannot be used beside them
+        with rules.device:
+            return type(network)()
+
+    with read, patch("torch.optim.swa_utils.deepcopy", another), FakeTensorMode(), rules:
+        yield rules
 
 
 @pytest.fixture(scope="session")

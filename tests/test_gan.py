@@ -25,7 +25,7 @@ def small_problem(out, seed=0):
     notebook = load_definitions("hw5_gan", OUT=str(out), DATA="demo", SEED=seed)
     data = notebook["load_data"]("MNIST")
     notebook.update(OUT=str(out), N_QUALITY=500, x_train=data.x_train[:N_TRAIN], y_train=data.y_train[:N_TRAIN])
-    notebook["data"] = SimpleNamespace(blobs=data.blobs, mode="demo")
+    notebook.update(data=SimpleNamespace(blobs=data.blobs, mode="demo"), AVERAGE_EVERY=2)
     torch.manual_seed(0)
     classifier = notebook["Classifier"]().to(notebook["DEVICE"]).eval()
     notebook.update(classifier=classifier)
@@ -325,7 +325,8 @@ def test_divergence_stops_with_a_message_and_keeps_the_last_state(tmp_path):
 def test_everything_stays_on_a_gpu(tmp_path, precision):
     """What is trained and what is measured, but for the backward pass, which fake tensors cannot do here."""
     notebook = load_definitions("hw5_gan", OUT=str(tmp_path), PRECISION=precision)
-    with fake_gpu() as cuda:
+    with fake_gpu() as rules:
+        cuda = rules.device
         notebook.update(DEVICE=cuda, N_QUALITY=500, train_features=torch.zeros(500, 64, dtype=torch.float64))
         with cuda:
             players = generator, discriminator = notebook["Generator"](), notebook["Discriminator"]()
@@ -345,3 +346,20 @@ def test_everything_stays_on_a_gpu(tmp_path, precision):
         assert notebook["interpolate"](z, z, 3).device.type == "cuda"
         with pytest.raises(RuntimeError, match="device"):
             notebook["play"](players, notebook["to_input"](x.to("cpu")), z)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_no_step_of_training_waits_for_a_copy(tmp_path):
+    """Of an epoch on a GPU only the log is copied, and in each update of the average torch's count of them."""
+    notebook, copies = load_definitions("hw5_gan", OUT=str(tmp_path)), []
+    with fake_gpu() as rules:
+        notebook["DEVICE"] = rules.device
+        with rules.device:
+            players = notebook["Generator"](), notebook["Discriminator"]()
+        optimizers = [torch.optim.Adam(player.parameters(), fused=True) for player in players]
+        average = notebook["AveragedModel"](players[0], multi_avg_fn=notebook["get_ema_multi_avg_fn"]())
+        for steps in (1, notebook["AVERAGE_EVERY"]):
+            x, before = torch.zeros(64 * steps, 28, 28, dtype=torch.uint8, device=rules.device), rules.copies
+            notebook["train_epoch"](players, optimizers, average, x, "minimax", 5e-4, 0.2)
+            copies.append(rules.copies - before)
+    assert copies == [4, 5]  # the log has four numbers

@@ -328,7 +328,8 @@ def test_divergence_stops_with_a_message_and_keeps_the_last_state(tmp_path):
 def test_everything_stays_on_a_gpu(tmp_path, precision):
     """What is trained and what is measured, but for the backward pass, which fake tensors cannot do here."""
     notebook = small_problem(tmp_path, PRECISION=precision)
-    with fake_gpu() as cuda:
+    with fake_gpu() as rules:
+        cuda = rules.device
         notebook.update(DEVICE=cuda, CHAIN_STEPS=(0, 1, 2))
         v = torch.zeros(128, 784, device=cuda)
         with cuda:
@@ -346,3 +347,17 @@ def test_everything_stays_on_a_gpu(tmp_path, precision):
         assert notebook["ais_log_likelihoods"](rbm)["loglik_test_ais"] == -2
         with pytest.raises(RuntimeError, match="device"):
             notebook["cd_loss"](rbm, v.to("cpu"))
+
+
+@pytest.mark.parametrize("learn_sigma", [False, "scalar", "vector"])
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_no_step_of_training_waits_for_a_copy(tmp_path, learn_sigma):
+    notebook = small_problem(tmp_path)
+    with fake_gpu() as rules:
+        notebook["DEVICE"] = rules.device
+        with rules.device:
+            rbm = notebook["GBRBM"](16, torch.zeros(784), torch.ones(784), learn_sigma)
+        optimizer = torch.optim.Adam([p for p in rbm.parameters() if p.requires_grad], fused=True)
+        x, before = torch.zeros(300, 784, device=rules.device), rules.copies
+        notebook["train_epoch"](rbm, optimizer, x)
+    assert rules.copies == before

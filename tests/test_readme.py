@@ -24,7 +24,7 @@ ROWS = {  # label: notebook, format, metrics of the row's columns
     "reconstruction error, training images": (RBM, "{:.4f}", columns("m{}_mse_train", SIZES)),
     "reconstruction error, test images": (RBM, "{:.4f}", columns("m{}_mse_test", SIZES)),
     "PCA with M components, test images": (RBM, "{:.4f}", columns("m{}_pca_mse_test", SIZES)),
-    "log-likelihood, test images (M = 16 exact, else AIS)": (
+    "log-likelihood, test images (M = 16 exact, others AIS)": (
         RBM,
         "{:.1f}",
         ["m16_loglik_test", *columns("m{}_loglik_test_ais", SIZES[1:])],
@@ -42,6 +42,16 @@ def test_results_at_a_glance_are_the_metrics(label):
     notebook, form, keys = ROWS[label]
     metrics = json.loads((ROOT / "figures" / f"{notebook}_metrics.json").read_text())
     assert " | ".join([f"\n| {label}", *(form.format(metrics[key]) for key in keys)]) in README
+
+
+@pytest.mark.parametrize(
+    ("label", "key", "form"),
+    [("minutes", "seconds_total", "{:.0f}"), ("peak memory (GB)", "peak_memory_mb", "{:.1f}")],
+)
+def test_minutes_and_memory_are_the_metrics(label, key, form):
+    values = [json.loads((ROOT / "figures" / f"{name}_metrics.json").read_text())[key] for name in (GAN, RBM, VAE)]
+    unit = 60 if label == "minutes" else 1000
+    assert " | ".join([f"\n| {label}", *(form.format(value / unit) for value in values)]) + " |" in README
 
 
 def test_it_says_which_split_problem_2_used():

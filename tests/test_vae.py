@@ -3,12 +3,14 @@
 import math
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAULTS, fake_gpu, kill_in_training, load_definitions, poison_training, refused
+from conftest import FAULTS, ROOT, fake_gpu, kill_in_training, load_definitions, poison_training, refused
+from jupyter_client.manager import start_new_kernel
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
 N_TRAIN, N_VAL = 384, 128
@@ -22,7 +24,7 @@ def small_problem(out, epochs=12, seed=0):
     x, y = data.x_train.flatten(1), data.y_train
     validation = slice(N_TRAIN, N_TRAIN + N_VAL)
     notebook.update(x_train=x[:N_TRAIN], y_train=y[:N_TRAIN], x_val=x[validation], y_val=y[validation])
-    notebook["data"] = SimpleNamespace(blobs=data.blobs, mode="demo")
+    notebook.update(data=SimpleNamespace(blobs=data.blobs, mode="demo"), AVERAGE_EVERY=2)
     return notebook
 
 
@@ -204,6 +206,30 @@ def test_a_killed_run_resumes_to_the_same_numbers(uninterrupted, tmp_path, by):
     FAULTS[f"{by.name} in training (VAE)"] = "the next run goes on where it was, to the same numbers"
 
 
+def test_jupyters_stop_button_is_answered_in_a_line(uninterrupted, tmp_path):
+    """In a kernel: the cell counts as failed, so that none follows, no traceback is shown, and nothing is lost."""
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(ROOT / "tests"))
+    try:
+        client.execute(f"from test_vae import fit_small; fit_small({str(tmp_path)!r})")
+        while not (tmp_path / "state" / "cvae.pt").exists():
+            time.sleep(0.01)
+        manager.interrupt_kernel()
+        assert client.get_shell_msg(timeout=60)["content"]["status"] == "error"
+        shown, message = [], client.get_iopub_msg(timeout=60)
+        while message["content"].get("execution_state") != "idle":
+            shown.append((message["msg_type"], message["content"]))
+            message = client.get_iopub_msg(timeout=60)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert not [content for kind, content in shown if kind == "error"]
+    line = "".join(content["text"] for kind, content in shown if kind == "stream" and content["name"] == "stderr")
+    assert "go on" in line
+    assert line.count("\n") == 1
+    assert same(fit_small(tmp_path), uninterrupted)
+    FAULTS["stop button of Jupyter"] = line.strip()
+
+
 def test_a_damaged_state_is_named(tmp_path):
     os.makedirs(tmp_path / "state")
     (tmp_path / "state" / "cvae.pt").write_bytes(b"not a checkpoint")
@@ -240,17 +266,36 @@ def test_codes_are_in_order_and_z_is_drawn_from_q(notebook):
 def test_everything_stays_on_a_gpu(tmp_path, precision, model):
     """What is trained and what is measured, but for the backward pass, which fake tensors cannot do here."""
     notebook = load_definitions("hw5_vae", OUT=str(tmp_path), PRECISION=precision)
-    with fake_gpu() as cuda:
-        notebook["DEVICE"] = cuda
+    with fake_gpu() as rules:
+        notebook["DEVICE"] = cuda = rules.device
         with cuda:
             network = notebook[model]()
         x = torch.zeros(128, 784, dtype=torch.uint8, device=cuda)
         c, z = torch.zeros(128, dtype=torch.int64, device=cuda), notebook["draw_prior"](128)
         assert notebook["training_loss"](network, x, c).device.type == "cuda"
-        assert notebook["evaluate"](network, x, c) == (1 / 128, 1 / 128)
-        assert notebook["iwae_bound"](network, x, c, samples=2) == -3 / 128
+        assert notebook["evaluate"](network, x, c) == (1, 1)
+        assert notebook["iwae_bound"](network, x, c, samples=2) == -1
         assert notebook["encode_all"](network, x, c)["mu"].shape == (128, 20)
         assert notebook["reconstruct"](network, x, c).device.type == "cuda"
         assert notebook["sample"](network, z, c).device.type == "cuda"
         with pytest.raises(RuntimeError, match="device"):
             notebook["training_loss"](network, x.to("cpu"), c)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_no_step_of_training_waits_for_a_copy(tmp_path):
+    """Of an epoch on a GPU only the loss is copied, and in each update of the average torch's count of them."""
+    notebook, copies = load_definitions("hw5_vae", OUT=str(tmp_path)), []
+    with fake_gpu() as rules:
+        notebook["DEVICE"] = cuda = rules.device
+        with cuda:
+            model = notebook["CVAE"]()
+        average = notebook["AveragedModel"](model, multi_avg_fn=notebook["get_ema_multi_avg_fn"]())
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        for steps in (1, 2 * notebook["AVERAGE_EVERY"]):
+            n, before = steps * notebook["BATCH"], rules.copies
+            notebook["x_train"] = torch.zeros(n, 784, dtype=torch.uint8, device=cuda)
+            notebook["y_train"] = torch.zeros(n, dtype=torch.int64, device=cuda)
+            notebook["train_epoch"](model, {"EMA": average}, optimizer)
+            copies.append(rules.copies - before)
+    assert copies == [1, 3]
