@@ -82,13 +82,18 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f"{fault}: {answer}")
 
 
+def heed_interrupts():
+    """For a process to be started: SIGINT works, also where the tests run in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def kill_in_training(module, folder, run, by=signal.SIGKILL):
     """Start the module's fit_small(folder) as a process, and kill it once the run has saved its first epochs.
 
     Returns how many epochs it had done.
     """
     code = f"from {module} import fit_small; fit_small({str(folder)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "tests")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "tests", preexec_fn=heed_interrupts)
     state = folder / "state" / f"{run}.pt"
     while not state.exists():
         assert process.poll() is None, "the run ended before it could be killed"

@@ -47,8 +47,8 @@ def test_precision_can_be_set(tmp_path):
 def test_peak_memory_is_what_was_held(notebook, monkeypatch):
     notebook["DEVICE"] = torch.device("cpu")
     before = notebook["peak_memory"]()
-    held = np.ones(int(1.5e6) * before // 8)  # 1.5 times as much again
-    assert notebook["peak_memory"]() > before + 0.9 * held.nbytes / 1e6
+    held = np.ones(int(1.1e6) * before // 8)
+    assert notebook["peak_memory"]() > held.nbytes / 1e6 > before
     notebook["DEVICE"] = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1_234_567_890)
     assert notebook["peak_memory"]() == 1235

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import FAULTS, ROOT
+from conftest import FAULTS, ROOT, heed_interrupts
 
 COMMAND = ["make", "--assume-old=.venv/installed", "run", "NOTEBOOKS=hw5_vae.ipynb"]
 
@@ -34,9 +34,9 @@ def test_altered_data_end_the_run_with_their_name_and_a_failure(clone):
 
 
 def test_ctrl_c_ends_the_run_with_a_line_and_a_failure(clone):
-    environment = {**os.environ, "HW5_DATA": "demo"}
+    options = {"cwd": clone, "env": {**os.environ, "HW5_DATA": "demo"}, "preexec_fn": heed_interrupts}
     with (clone / "log").open("w") as log:
-        run = subprocess.Popen(COMMAND, cwd=clone, env=environment, stdout=log, stderr=log, start_new_session=True)
+        run = subprocess.Popen(COMMAND, stdout=log, stderr=log, start_new_session=True, **options)
         while not (clone / "runs" / "demo" / "state" / "vae.pt").exists():
             assert run.poll() is None, (clone / "log").read_text()
             time.sleep(0.1)
