@@ -48,6 +48,23 @@ def test_missing_checkpoint_is_named(notebook, tmp_path):
         notebook["load_state"](tmp_path / "vae.pt")
 
 
+@pytest.mark.parametrize(
+    ("text", "fault", "error", "match"),
+    [
+        (None, "TRAIN = False without a metrics file", FileNotFoundError, "is missing: .*TRAIN = True"),
+        ('{"split": "def', "metrics file truncated", RuntimeError, "is damaged"),
+        ('{"seed": 0}', "metrics file of something else", RuntimeError, "is damaged"),
+        ('{"split": "demo"}', "TRAIN = False on other data", RuntimeError, "is of the split demo, .* TRAIN = True"),
+    ],
+)
+def test_metrics_that_do_not_fit_are_refused(notebook, tmp_path, text, fault, error, match):
+    notebook.update(METRICS={"split": "default"}, SAVED=str(tmp_path))
+    if text:
+        notebook["write"](tmp_path / "figures" / "hw5_vae_metrics.json", text.encode())
+    with refused(fault, error, rf"hw5_vae_metrics\.json {match}"):
+        notebook["saved_metrics"]("hw5_vae")
+
+
 @pytest.mark.parametrize("keep", [0, 10, -100])
 def test_truncated_checkpoint_is_refused(notebook, tmp_path, keep):
     notebook["save_state"](tmp_path / "a.pt", {"w": torch.zeros(1000)})

@@ -12,6 +12,8 @@ import torch
 from conftest import FAULTS, fake_gpu, kill_in_training, load_definitions, poison_training, refused
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 N_TRAIN = 256
 FIGURE_1 = {
@@ -251,6 +253,15 @@ def test_no_test_image_reaches_the_probe_before_it_is_scored(notebook):
     assert len(layers) == 5
     assert layers[0][-1].coef_.shape == (10, 50)
     assert all(torch.equal(value, before[key]) for key, value in discriminator.state_dict().items())
+
+
+def test_probe_is_logistic_regression_on_standardised_features(notebook):
+    """Scaling in pieces changes nothing."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(5, 3, (2500, 20)).astype(np.float32) ** 2, rng.integers(0, 10, 2500)
+    layer = notebook["linear_layer"](x, y, C=0.1)
+    expected = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(x, y)
+    np.testing.assert_allclose(layer.decision_function(x), expected.decision_function(x), atol=1e-3)
 
 
 def test_penalty_is_chosen_on_the_images_left_out(notebook):

@@ -12,6 +12,9 @@ QUICK = {  # parameters of a demo run that is as short as it can be
 }
 
 
+OF_THE_MACHINE = {"device", "training_precision", "versions", "seconds_total", "peak_memory_mb"}
+
+
 # Tests of one demo run stay in one of the parallel processes.
 @pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in NOTEBOOKS])
 def demo(request, tmp_path_factory):
@@ -23,8 +26,7 @@ def demo(request, tmp_path_factory):
 def assert_close(metrics, expected, rel):
     """All metrics are equal, floats up to a tolerance, but for those that describe the run and the machine."""
     assert metrics.keys() == expected.keys()
-    modes = {"precision_mode"} if "precision_mode" in expected else {"precision"}  # bf16 or fp32, in training
-    for key in expected.keys() - {"seconds_total", "peak_memory_mb", "device", "versions"} - modes:
+    for key in expected.keys() - OF_THE_MACHINE:
         value = expected[key]
         if isinstance(value, float | list):
             # t-SNE and annealed sampling magnify the last bits of a sum, which differ between processors.
@@ -67,8 +69,7 @@ def test_committed_metrics_follow_from_the_committed_weights(name, tmp_path, rea
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_metrics_file_is_complete_and_plain(name):
     metrics = json.loads((ROOT / "figures" / f"{name}_metrics.json").read_text())
-    common = {"mode", "split", "data_blobs", "device", "versions", "seconds_total", "peak_memory_mb"}
-    assert common | REQUIRED[name] <= metrics.keys()
+    assert {"mode", "split", "data_blobs"} | OF_THE_MACHINE | REQUIRED[name] <= metrics.keys()
     assert metrics["mode"] == "full"
     assert metrics["data_blobs"]
 
@@ -77,12 +78,12 @@ REQUIRED = {
     "hw5_gan": {f"probe_{key}" for key in ("test_accuracy_mean", "test_accuracy_std", "train_accuracy_mean")}
     | {f"{key}_test_accuracy_mean" for key in ("probe_random", "probe_pixels", "supervised")}
     | {"frechet_test", "frechet_floor", "confident_share", "digit_share_min", "digit_share_max"}
-    | {"precision", "recall", "precision_mode", "epochs"},
+    | {"precision", "recall", "epochs"},
     "hw5_rbm": {f"m{M}_{key}" for M in (16, 64, 256) for key in ("mse_train", "mse_test", "mse_test_gibbs5")}
     | {f"m{M}_{key}" for M in (16, 64, 256) for key in ("pca_mse_test", "loglik_test_ais", "loglik_test_ais_se")}
     | {f"ppca{M}_loglik_test" for M in (16, 64, 256)}
-    | {"m16_loglik_test", "gaussian_loglik_test", "updates", "precision"},
-    "hw5_vae": {"pixel_entropy_floor", "precision"}
+    | {"m16_loglik_test", "gaussian_loglik_test", "updates"},
+    "hw5_vae": {"pixel_entropy_floor"}
     | {f"{m}_{s}_{k}" for m in ("vae", "cvae") for s in ("train", "val", "test") for k in ("nelbo", "bce", "kl")}
     | {f"{m}_{key}" for m in ("vae", "cvae") for key in ("test_iwae", "epochs", "silhouette")}
     | {f"{m}_mu_{key}" for m in ("vae", "cvae") for key in ("linear_probe", "knn")},

@@ -3,6 +3,11 @@
 import itertools
 import json
 import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -305,6 +310,44 @@ def test_a_killed_run_resumes_to_the_same_numbers(uninterrupted, tmp_path):
     assert 1 <= kill_in_training("test_rbm", tmp_path, "toy") < EPOCHS
     assert same(fit_small(tmp_path), uninterrupted)
     FAULTS["SIGKILL in training (RBM)"] = "the next run goes on where it was, to the same numbers"
+
+
+ON_A_BAD_DISK = """
+import subprocess, sys, torch
+from test_rbm import fit_small
+disk, result = sys.argv[1:]
+try:
+    fit_small(disk)
+except OSError as error:
+    print(error)
+subprocess.run(["mount", "-o", "remount,rw,size=100m", disk], check=True)
+torch.save(fit_small(disk), result)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "fault", "cause", "resumed"),
+    [
+        ("size=150k", "disk full, a real one (RBM)", "No space left on device", True),
+        ("ro", "disk read-only, a real one (RBM)", "Read-only file system", False),
+    ],
+)
+def test_a_run_on_a_bad_disk_ends_as_if_it_had_been_good(uninterrupted, tmp_path, options, fault, cause, resumed):
+    """On a disk of its own, with room for the state of one epoch but not for two, or one that is read-only."""
+    namespace = ["unshare", "--mount", "--map-root-user"]
+    disk, result = tmp_path / "disk", tmp_path / "result.pt"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o {options} tmpfs {disk}"
+    if not shutil.which("unshare") or subprocess.run([*namespace, "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this machine does not let its users mount a disk in a namespace")
+    python = shlex.join([sys.executable, "-c", ON_A_BAD_DISK, str(disk), str(result)])
+    command, folder = [*namespace, "sh", "-ec", f"{mount}\n{python}"], ROOT / "tests"
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    answer = next(line for line in said.splitlines() if line.startswith("cannot write"))
+    assert cause in answer
+    assert ("goes on from" in said) == resumed
+    assert same(torch.load(result, weights_only=True), uninterrupted)
+    FAULTS[fault] = re.sub(r"/\S*/", "", answer)
 
 
 def test_divergence_stops_with_a_message_and_keeps_the_last_state(tmp_path):

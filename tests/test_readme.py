@@ -44,7 +44,7 @@ def test_results_at_a_glance_are_the_metrics(label):
     assert " | ".join([f"\n| {label}", *(form.format(metrics[key]) for key in keys)]) in README
 
 
-COSTS = {"minutes": ("seconds_total", 60, "{:.0f}"), "peak memory (GB)": ("peak_memory_mb", 1000, "{:.1f}")}
+COSTS = {"minutes": ("seconds_total", 60, "{:.1f}"), "peak memory (GB)": ("peak_memory_mb", 1000, "{:.1f}")}
 
 
 @pytest.mark.parametrize("label", COSTS)
