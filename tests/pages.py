@@ -14,10 +14,13 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 ROOT = Path(__file__).parent.parent
 SOURCES = [*sorted(ROOT.glob("hw5_*.ipynb")), ROOT / "derivations.md"]
 MATHJAX = distribution("sphinx-mathjax-offline").locate_file("sphinx-mathjax-offline/static/mathjax/tex-svg-full.js")
-STYLE = "<style>table.dataframe { border: 0; } summary { cursor: pointer; margin-top: 1em; }</style>"
+STYLE = """<style>
+table.dataframe { border: 0; } tbody th { text-align: left; font-weight: normal; } td { text-align: right; }
+pre code { font-size: 12.5px; } summary { cursor: pointer; margin-top: 1em; }
+</style>"""
 OPTIONS = [
     *("--standalone", "--embed-resources", f"--mathjax={MATHJAX}", f"--lua-filter={ROOT / 'tests' / 'pages.lua'}"),
-    *("--variable=lang:en", "--variable=maxwidth:60em", "--variable=mainfont:system-ui, sans-serif"),
+    *("--variable=lang:en", "--variable=maxwidth:64em", "--variable=mainfont:system-ui, sans-serif"),
     *("--variable=fontsize:16px", "--variable=linestretch:1.4", "--variable=monobackgroundcolor:#f6f6f6"),
     f"--variable=header-includes:{STYLE}",
 ]
