@@ -13,7 +13,7 @@ from conftest import NOTEBOOKS, ROOT, cells
 
 def test_shared_cells_are_identical():
     shared = {notebook: cells(notebook, "shared") for notebook in NOTEBOOKS}
-    assert all(len(sources) == 5 for sources in shared.values())
+    assert all(len(sources) == 6 for sources in shared.values())
     assert len({tuple(sources) for sources in shared.values()}) == 1
 
 
