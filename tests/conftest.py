@@ -61,7 +61,12 @@ def refused(fault, error, match):
         yield
     message = str(caught.value)
     assert "\n" not in message
-    FAULTS[fault] = re.sub(r"/\S*/", "", message)  # without this test's temporary folder
+    note_fault(fault, message)
+
+
+def note_fault(fault, answer):
+    """Put into the table of faults what was said, without the test's temporary folder."""
+    FAULTS[fault] = re.sub(r"/\S*/", "", answer)
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,6 @@ QUICK = {  # parameters of a demo run that is as short as it can be
     "hw5_rbm": {"EPOCHS": 2, "SEEDS": 2, "AIS_STEPS": 20},
     "hw5_vae": {"EPOCHS": 20, "SEEDS": 2},
 }
-
-
 OF_THE_MACHINE = {"device", "training_precision", "versions", "seconds_total", "peak_memory_mb"}
 
 
