@@ -14,14 +14,16 @@ EXECUTE = TQDM_DISABLE=1 .venv/bin/papermill --no-progress-bar --log-output
 CLEAN = .venv/bin/nbstripout --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill"
 
-# Ctrl-C, answered in a line.
-STOPPABLE = trap 'echo "Stopped. Finished epochs are kept, and the same command goes on after them."; exit 130' INT
+# Ctrl-C, answered in a line: what to type to go on without the notebooks that are done.
+STOPPABLE = left="$(NOTEBOOKS)"; \
+	trap 'echo "Stopped. Finished epochs are kept. To go on: make $@ NOTEBOOKS=\"$$left\""; exit 130' INT
+DONE = left="$${left\#$$n}"; left="$${left\# }"
 
 .PHONY: run report test html bench lint
 
 run: .venv/installed
 	@mkdir -p runs
-	@$(STOPPABLE); for n in $(NOTEBOOKS); do HW5_OUT=runs $(EXECUTE) $$n runs/$$n || exit 1; done
+	@$(STOPPABLE); for n in $(NOTEBOOKS); do HW5_OUT=runs $(EXECUTE) $$n runs/$$n || exit 1; $(DONE); done
 	@echo "The executed notebooks and their figures are in runs/."
 
 report: .venv/installed
@@ -32,6 +34,7 @@ report: .venv/installed
 			|| { echo "$$n: the data could not be had; a demo is not a report, so nothing was replaced."; exit 1; }; \
 		cp runs/report/figures/* figures/ && cp runs/report/checkpoints/* checkpoints/ || exit 1; \
 		$(CLEAN) runs/report/$$n && cp runs/report/$$n . || exit 1; \
+		$(DONE); \
 	done
 
 test: .venv/installed

@@ -16,7 +16,6 @@ import struct
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -83,14 +82,9 @@ def notebook_vae_epoch(notebook, dataset):
     return lambda: notebook["train_epoch"](model, averages, optimizer)
 
 
-def new_rbm(notebook):
-    """The RBM with 256 hidden units, as the notebook starts it."""
-    return notebook["GBRBM"](256, *notebook["ALTERNATIVES"][notebook["CHOICE"][256]]).to(notebook["DEVICE"])
-
-
 def textbook_rbm_epoch(notebook, dataset):
     """An epoch as the usual RBM template has it, Gaussian visible units put in: ToTensor, float32."""
-    rbm = new_rbm(notebook)
+    rbm = notebook["new_rbm"](256, seed=0)
     W, b, alpha, sigma = rbm.W, rbm.b, rbm.alpha, torch.exp(rbm.log_sigma)
     optimizer = torch.optim.Adam([W, b, alpha], lr=1e-3)
 
@@ -115,9 +109,9 @@ def textbook_rbm_epoch(notebook, dataset):
 
 def notebook_rbm_epoch(notebook, dataset):
     """An epoch of the notebook's own training, the images already on the device."""
-    x, rbm = dataset.data.flatten(1).float().to(notebook["DEVICE"]) / 255, new_rbm(notebook)
-    optimizer = torch.optim.Adam([p for p in rbm.parameters() if p.requires_grad], lr=1e-3, fused=True)
-    return lambda: notebook["train_epoch"](rbm, optimizer, x)
+    notebook["x_train"] = dataset.data.flatten(1).float().to(notebook["DEVICE"]) / 255
+    rbm = notebook["new_rbm"](256, seed=0)
+    return lambda: notebook["fit"]("one epoch", rbm, notebook["cd5"], seed=0)
 
 
 def textbook_gan_steps(notebook, dataset):
@@ -166,7 +160,7 @@ def seconds(function):
 def matmul_peak(notebook, n=2048, times=10):
     """Floating-point operations per second of the fastest of some (n, n) products, in the training's precision."""
     a = torch.randn(n, n, device=notebook["DEVICE"])
-    a = a.bfloat16() if notebook["PRECISION"] == "bf16" else a
+    a = a.bfloat16() if notebook.get("BF16", notebook["PRECISION"] == "bf16") else a
     return 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(times))
 
 
@@ -189,7 +183,7 @@ def compare(label, notebook, textbook, ours):
 
 ADAM = torch.optim.Adam
 WITHOUT = {  # an ingredient: the context in which a notebook does without it
-    "bf16 products": lambda notebook: patch.dict(notebook, PRECISION="fp32"),
+    "bf16 products": lambda notebook: patch.dict(notebook, PRECISION="fp32", BF16=False),
     "fused Adam": lambda _: patch("torch.optim.Adam", lambda *args, fused, **options: ADAM(*args, **options)),
     "averaging only some steps": lambda notebook: patch.dict(notebook, AVERAGE_EVERY=1),
     "channels-last layout": lambda notebook: patch.dict(notebook, LAYOUT=torch.contiguous_format),
@@ -225,10 +219,10 @@ def main():
         rows = take_away("VAE", notebook, notebook_vae_epoch, part, *common, averaging)
 
         kuzushiji = datasets.KMNIST(data_folder("KMNIST", scratch), train=True, transform=transforms.ToTensor())
-        images = kuzushiji.data[:512].flatten(1).float() / 255  # what the definitions want to see
-        placeholders = {"x_train": images, "x_test": images, "split": "default"}
-        placeholders["data"] = SimpleNamespace(blobs={}, mode="full")
-        notebook = load_definitions("hw5_rbm", OUT=scratch, **placeholders)
+        notebook = load_definitions("hw5_rbm", OUT=scratch)
+        images = kuzushiji.data.flatten(1).float() / 255
+        notebook.update(mean_image=images.mean(0), spread=images.std(0).clamp(min=notebook["SIGMA_MIN"]), passes=1)
+        notebook.update(epochs=lambda *_, **__: [1], watch=lambda *_, **__: {})  # one epoch, nothing kept
         textbook, ours = textbook_rbm_epoch(notebook, kuzushiji), notebook_rbm_epoch(notebook, kuzushiji)
         compare("RBM M = 256, one epoch (60,000 images, CD-5)", notebook, textbook, ours)
         rows += take_away("RBM", notebook, notebook_rbm_epoch, kuzushiji, *common)

@@ -153,3 +153,61 @@ def test_the_model_is_a_mixture_of_gaussians_with_weights_p_h(theta):
     components = torch.distributions.Normal(theta["b"] + sigma * s, sigma).log_prob(v).sum(1)
     log_p = torch.logsumexp(torch.log(weights) + components, 0)
     torch.testing.assert_close(log_p, -free_energy(v, theta) - log_z(theta))
+
+
+def c_and_g(theta):
+    """c and G of equation (12)."""
+    return theta["alpha"] + theta["W"] @ (theta["b"] / torch.exp(theta["log_sigma"])), theta["W"] @ theta["W"].T
+
+
+def log_f(h, theta):
+    """Equation (12). h: (..., M)."""
+    c, G = c_and_g(theta)
+    constant = torch.log(math.sqrt(2 * math.pi) * torch.exp(theta["log_sigma"])).sum()
+    return constant + h @ c + 0.5 * (h @ G * h).sum(-1)
+
+
+def test_f_of_equation_12_is_the_energy_with_v_integrated_out(theta):
+    torch.testing.assert_close(torch.exp(log_f(HIDDEN, theta)), joint(theta).sum((1, 2)) * CELL)
+
+
+def test_gradient_of_log_z_equations_13_and_14(theta):
+    """As a mean of the derivatives of log f, and by the two moments, against finite differences of an integral."""
+    p = joint(theta).sum((1, 2))
+    p = p / p.sum()
+    mean, second = p @ HIDDEN, torch.einsum("n,nj,nk->jk", p, HIDDEN, HIDDEN)
+    W, b, sigma = theta["W"], theta["b"], torch.exp(theta["log_sigma"])
+    by_moments = {
+        "W": mean[:, None] * b / sigma + second @ W,
+        "b": mean @ W / sigma,
+        "alpha": mean,
+        "log_sigma": 1 - b / sigma * (mean @ W),
+    }
+    parameters = {k: value.clone().requires_grad_() for k, value in theta.items()}
+    gradient = torch.autograd.grad((p * log_f(HIDDEN, parameters)).sum(), list(parameters.values()))
+    step = 1e-5
+    for (name, value), g in zip(theta.items(), gradient):
+        torch.testing.assert_close(g, by_moments[name])
+        for index in itertools.product(*map(range, value.shape)):
+            up, down = (dict(theta, **{name: value.clone()}) for _ in range(2))
+            up[name][index] += step
+            down[name][index] -= step
+            slope = math.log((joint(up).sum() / joint(down).sum()).item()) / (2 * step)
+            assert g[index].item() == pytest.approx(slope, abs=1e-6), (name, index)
+
+
+def test_one_hidden_unit_given_the_others_equation_16(theta):
+    weights = joint(theta).sum((1, 2))
+    c, G = c_and_g(theta)
+    for j in range(M):
+        on = HIDDEN[:, j] == 1  # in both halves the other units go through their states in the same order
+        expected = weights[on] / (weights[on] + weights[~on])
+        others = HIDDEN[on].clone()
+        others[:, j] = 0
+        torch.testing.assert_close(torch.sigmoid(c[j] + 0.5 * G[j, j] + others @ G[j]), expected)
+
+
+def test_images_less_a_constant_equation_17(theta):
+    origin, v = torch.tensor([0.6, -0.4], dtype=torch.float64), torch.randn(9, 1, D, dtype=torch.float64)
+    moved = theta | {"b": theta["b"] - origin, "alpha": inputs_to_hidden(origin, theta)}
+    torch.testing.assert_close(energy(v - origin, HIDDEN, moved), energy(v, HIDDEN, theta))
