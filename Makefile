@@ -7,35 +7,48 @@
 
 PYTHON ?= python3
 NOTEBOOKS ?= $(wildcard hw5_*.ipynb)
-# Progress bars are for people at a notebook. A saved notebook keeps the log lines instead.
-EXECUTE = TQDM_DISABLE=1 .venv/bin/papermill --no-progress-bar --log-output
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+
+# The progress bar is papermill's, one for each notebook. Beside it stands what the notebook prints.
+EXECUTE = TQDM_DISABLE=1 .venv/bin/papermill --progress-bar --no-log-output --stdout-file /dev/stdout
 
 # What papermill notes in an executed notebook, times and paths, is not committed. Outputs are.
 CLEAN = .venv/bin/nbstripout --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill"
 
-# Ctrl-C, answered in a line: what to type to go on without the notebooks that are done.
-STOPPABLE = left="$(NOTEBOOKS)"; \
-	trap 'echo "Stopped. Finished epochs are kept. To go on: make $@ NOTEBOOKS=\"$$left\""; exit 130' INT
-DONE = left="$${left\#$$n}"; left="$${left\# }"
+# Notebooks that have finished, with their data and checksum, until all have: what a stopped or killed run leaves out.
+FINISHED = $(OUT)/finished
+THIS = "$$n $$HW5_DATA $$(cksum < $$n)"
+TOOK = $$(sed -n 's/.*"seconds_total": \([0-9]*\).*/\1/p' figures/$${n%.ipynb}_metrics.json 2>&-)
+
+define execute
+	@mkdir -p $(OUT); trap 'echo "Stopped. To go on: make $@"; exit 130' INT; \
+	for n in $(NOTEBOOKS); do \
+		if grep -qsxF $(THIS) $(FINISHED); then echo "$$n had finished, and is left as it is."; continue; fi; \
+		took=$(TOOK); echo "$$n$${took:+: took $$((took / 60)) minutes on two CPU cores when it was made}"; \
+		HW5_OUT=$(OUT) $(EXECUTE) $$n $(OUT)/$$n || exit 1; \
+		$(1) echo $(THIS) >> $(FINISHED); \
+	done; rm -f $(FINISHED)
+endef
+
+# To the report goes what was computed from the data.
+define replace
+grep -qs '"mode": "full"' $(OUT)/figures/$${n%.ipynb}_metrics.json \
+	|| { echo "$$n: the data could not be had; a demo is not a report, so nothing was replaced."; exit 1; }; \
+cp $(OUT)/figures/* figures/ && cp $(OUT)/checkpoints/* checkpoints/ || exit 1; \
+$(CLEAN) $(OUT)/$$n && cp $(OUT)/$$n . || exit 1;
+endef
 
 .PHONY: run report test html bench lint
 
+run: OUT = runs
 run: .venv/installed
-	@mkdir -p runs
-	@$(STOPPABLE); for n in $(NOTEBOOKS); do HW5_OUT=runs $(EXECUTE) $$n runs/$$n || exit 1; $(DONE); done
+	$(call execute)
 	@echo "The executed notebooks and their figures are in runs/."
 
+report: OUT = runs/report
 report: .venv/installed
-	@mkdir -p runs/report figures checkpoints
-	@$(STOPPABLE); for n in $(NOTEBOOKS); do \
-		HW5_OUT=runs/report $(EXECUTE) $$n runs/report/$$n || exit 1; \
-		grep -qs '"mode": "full"' runs/report/figures/$${n%.ipynb}_metrics.json \
-			|| { echo "$$n: the data could not be had; a demo is not a report, so nothing was replaced."; exit 1; }; \
-		cp runs/report/figures/* figures/ && cp runs/report/checkpoints/* checkpoints/ || exit 1; \
-		$(CLEAN) runs/report/$$n && cp runs/report/$$n . || exit 1; \
-		$(DONE); \
-	done
+	$(call execute,$(replace))
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses=2 --dist=loadgroup
@@ -51,7 +64,8 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 
 .venv/installed: requirements.txt tests/requirements.txt
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet -r requirements.txt -r tests/requirements.txt
-	.venv/bin/python -m pip install --quiet --no-deps sphinx-mathjax-offline  # MathJax; Sphinx is not needed
+	@echo "Setting up .venv: some minutes, most of them for torch (several gigabytes in its CUDA build)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) -r requirements.txt -r tests/requirements.txt
+	@$(PIP) --no-deps sphinx-mathjax-offline  # MathJax; Sphinx is not needed
 	@touch $@

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -28,7 +29,10 @@ matplotlib.use("Agg")
 os.environ["TQDM_DISABLE"] = "1"
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.stem for path in ROOT.glob("hw5_*.ipynb"))
-REBUILT = ["hw5_rbm"]  # have the three shared cells that test_shared.py tests; the others have six older ones
+REBUILT = [
+    "hw5_rbm",
+    "hw5_vae",
+]  # share the three cells that test_shared.py tests; the other has six older ones
 FAULTS = {}  # what goes wrong: what is said or done about it
 
 
@@ -173,11 +177,14 @@ def fake_gpu():
     methods = {"item": rules.read(1.0), "__bool__": rules.read(True), "numpy": numpy}
     read = patch.multiple(torch.Tensor, backward=lambda *_, **__: None, **methods)
 
-    def another(network):  # a deep copy of fake tensors cannot be used beside them
+    def another(value, *memo):  # a deep copy of fake tensors cannot be used beside them
+        if not isinstance(value, torch.nn.Module):
+            return deepcopy(value, *memo)
         with rules.device:
-            return type(network)()
+            return type(value)()
 
-    with read, patch("torch.optim.swa_utils.deepcopy", another), FakeTensorMode(), rules:
+    both = patch("torch.optim.swa_utils.deepcopy", another), patch("copy.deepcopy", another)
+    with read, both[0], both[1], FakeTensorMode(), rules:
         yield rules
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 
+import nbformat
 import pytest
 from conftest import FAULTS, ROOT, heed_interrupts
 
@@ -37,12 +38,31 @@ def test_ctrl_c_ends_the_run_with_a_line_and_a_failure(clone):
     options = {"cwd": clone, "env": {**os.environ, "HW5_DATA": "demo"}, "preexec_fn": heed_interrupts}
     with (clone / "log").open("w") as log:
         run = subprocess.Popen(COMMAND, stdout=log, stderr=log, start_new_session=True, **options)
-        while not (clone / "runs" / "demo" / "state" / "vae.pt").exists():
+        while not (clone / "runs" / "demo" / "state" / "hw5_vae" / "vae.pt").exists():
             assert run.poll() is None, (clone / "log").read_text()
             time.sleep(0.1)
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does
         assert run.wait(timeout=60) != 0
     (line,) = [line for line in (clone / "log").read_text().splitlines() if "To go on" in line]
-    assert line.endswith('make run NOTEBOOKS="hw5_vae.ipynb"')
-    assert (clone / "runs" / "demo" / "state" / "vae.pt").exists()
+    assert line.endswith("To go on: make run")
+    assert (clone / "runs" / "demo" / "state" / "hw5_vae" / "vae.pt").exists()
     FAULTS["Ctrl-C of make run"] = line
+
+
+def test_a_notebook_that_had_finished_on_the_same_data_is_left_as_it_is(clone):
+    """A trivial notebook in place of a real one; the state between the two runs is that of a killed one."""
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print('ran')")]), clone / "one.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), clone / "two.ipynb")
+    command = [*COMMAND[:-1], "NOTEBOOKS=one.ipynb two.ipynb"]
+
+    def run(data):
+        environment = {**os.environ, "HW5_DATA": data}
+        return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
+
+    first, second, elsewhere = run("here"), run("here"), run("there")
+    assert all(one.returncode for one in (first, second, elsewhere)), "the second notebook fails each time"
+    assert ["ran" in one.stdout for one in (first, second, elsewhere)] == [True, False, True]
+    assert "one.ipynb had finished" in second.stdout
+    (clone / "two.ipynb").write_text((clone / "one.ipynb").read_text())
+    assert run("there").returncode == 0
+    assert "had finished" not in run("there").stdout, "after a complete run the next one starts anew"

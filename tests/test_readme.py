@@ -42,6 +42,9 @@ ROWS = {  # label: notebook, format, metrics of the row's columns
     "log-likelihood, probabilistic PCA with M factors": (RBM, "{:.0f}", columns("ppca{}_loglik_test", SIZES)),
     "negative ELBO": (VAE, "{:.2f}", columns("{}_test_nelbo", MODELS)),
     "importance-weighted bound": (VAE, "{:.2f}", columns("{}_test_iwae", MODELS)),
+    "the same without the label": (VAE, "{:.2f}", ["vae_iwae_same_samples", "cvae_unlabelled_iwae"]),
+    "nats about the class in z, at least": (VAE, "{:.2f}", columns("{}_class_information", MODELS)),
+    "nearest neighbours of the same class": (VAE, "{:.1%}", columns("{}_same_class_neighbours", MODELS)),
     "class read from the mean μ by a linear probe": (VAE, "{:.1%}", columns("{}_mu_linear_probe", MODELS)),
     "class read from the mean μ by k-NN": (VAE, "{:.1%}", columns("{}_mu_knn", MODELS)),
 }

@@ -1,134 +1,89 @@
-"""The VAE notebook's definitions, against independent routes."""
+"""The VAE notebook's definitions, against torch's distributions, closed forms, Monte Carlo and plain numpy."""
 
 import math
-import os
-import signal
-import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAULTS, ROOT, fake_gpu, kill_in_training, load_definitions, poison_training, refused
-from jupyter_client.manager import start_new_kernel
+from conftest import fake_gpu, kill_in_training, load_module
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
-N_TRAIN, N_VAL = 384, 128
+N_TRAIN, N_VAL, EPOCHS = 384, 128, 60
 
 
-def small_problem(out, epochs=12, seed=0):
+def small_problem(out):
     """Definitions with a small data set in place: digits, so that something can be learned."""
-    notebook = load_definitions("hw5_vae", OUT=str(out), DATA="demo", EPOCHS=epochs, SEED=seed)
-    data = notebook["load_data"]("FashionMNIST")
-    notebook["OUT"] = str(out)
-    x, y = data.x_train.flatten(1), data.y_train
-    validation = slice(N_TRAIN, N_TRAIN + N_VAL)
-    notebook.update(x_train=x[:N_TRAIN], y_train=y[:N_TRAIN], x_val=x[validation], y_val=y[validation])
-    notebook.update(data=SimpleNamespace(blobs=data.blobs, mode="demo"), AVERAGE_EVERY=2)
-    return notebook
+    nb = load_module("hw5_vae", OUT=str(out), DATA="demo", EPOCHS=EPOCHS, AVERAGE_EVERY=2, GAP_STEPS=60)
+    digits = nb.load_fashion()
+    nb.data = SimpleNamespace(
+        x_train=digits.x_train, x_test=digits.x_test, split="demo", label="", blobs={}, out=Path(out)
+    )
+    x, nb.labels = digits.x_train.flatten(1) / 255, {}
+    parts = {"train": slice(N_TRAIN), "val": slice(N_TRAIN, N_TRAIN + N_VAL), "test": slice(N_TRAIN + N_VAL, None)}
+    nb.SETS = {name: (x[rows], digits.y_train[rows]) for name, rows in parts.items()}
+    for name, (x, c) in nb.SETS.items():
+        setattr(nb, f"x_{name}", x)
+        setattr(nb, f"y_{name}", c)
+        nb.labels[name] = c.numpy()
+    return nb
 
 
 @pytest.fixture(scope="module")
-def notebook(tmp_path_factory):
+def nb(tmp_path_factory):
     return small_problem(tmp_path_factory.mktemp("out"))
 
 
-def test_layers_are_the_templates(notebook):
-    vae = {name: tuple(p.shape) for name, p in notebook["VAE"]().named_parameters() if "weight" in name}
-    names = ["fc1.weight", "fc21.weight", "fc22.weight", "fc3.weight", "fc4.weight"]
-    assert list(vae) == names
-    assert list(vae.values()) == [(400, 784), (20, 400), (20, 400), (400, 20), (784, 400)]
-    cvae = {name: tuple(p.shape) for name, p in notebook["CVAE"]().named_parameters() if "weight" in name}
-    assert list(cvae) == names
-    assert list(cvae.values()) == [(400, 794), (20, 400), (20, 400), (400, 30), (784, 400)]
-    assert notebook["BATCH"] == 128
+@pytest.fixture
+def models(nb):
+    """A VAE and a C-VAE with random weights, for which z and the class matter."""
+    made = [kind().requires_grad_(False) for kind in (nb.VAE, nb.CVAE)]
+    for model in made:
+        torch.nn.init.normal_(model.fc3.weight, std=0.5)
+    return made
 
 
-def test_terms_against_torch_distributions(notebook):
+# The models and the loss
+
+
+def test_layers_are_the_templates(nb):
+    names = ["fc1", "fc21", "fc22", "fc3", "fc4"]
+    for kind, n_class in (nb.VAE, 0), (nb.CVAE, 10):
+        layers = dict(kind().named_children())
+        assert list(layers) == names
+        shapes = [tuple(layer.weight.shape) for layer in layers.values()]
+        assert shapes == [(400, 784 + n_class), (20, 400), (20, 400), (400, 20 + n_class), (784, 400)]
+    assert (nb.BATCH, nb.LEARNING_RATE) == (128, 1e-3)
+
+
+def test_terms_against_torch_distributions(nb):
     logits, x = torch.randn(7, 784) * 3, torch.randint(0, 2, (7, 784)).float()
     mu, logvar = torch.randn(7, 20), torch.randn(7, 20)
-    bce, kl = notebook["negative_elbo_terms"](logits, x, mu, logvar)
-    expected = kl_divergence(Normal(mu, torch.exp(0.5 * logvar)), Normal(0.0, 1.0)).sum(1)
-    torch.testing.assert_close(kl, expected)
+    bce, kl = nb.negative_elbo_terms(logits, x, mu, logvar)
+    torch.testing.assert_close(kl, kl_divergence(Normal(mu, torch.exp(0.5 * logvar)), Normal(0.0, 1.0)).sum(1))
     torch.testing.assert_close(bce, -Bernoulli(logits=logits).log_prob(x).sum(1))
 
 
-def test_cross_entropy_of_grey_pixels_is_least_at_the_pixel(notebook):
+def test_cross_entropy_of_grey_pixels_is_least_at_the_pixel_where_it_is_the_entropy_floor(nb):
     x = torch.rand(3, 784).clamp(0.01, 0.99)
-    entropy = -(x * x.log() + (1 - x) * (1 - x).log()).sum(1)
     zeros = torch.zeros(3, 20)
-    torch.testing.assert_close(notebook["negative_elbo_terms"](torch.logit(x), x, zeros, zeros)[0], entropy)
-    other = notebook["negative_elbo_terms"](torch.logit(x) + 0.1 * torch.randn_like(x), x, zeros, zeros)[0]
-    assert (other > entropy).all()
+    least = nb.negative_elbo_terms(torch.logit(x), x, zeros, zeros)[0]
+    assert least.mean().item() == pytest.approx(nb.entropy_floor(x), rel=1e-5)
+    other = nb.negative_elbo_terms(torch.logit(x) + 0.1 * torch.randn_like(x), x, zeros, zeros)[0]
+    assert (other > least).all()
+    assert nb.entropy_floor(torch.tensor([[0.0, 1.0]])) == 0
 
 
-def test_loss_is_finite_where_a_sigmoid_saturates(notebook):
-    logits = torch.tensor([[200.0, -200.0] * 392])
-    x = torch.tensor([[0.0, 1.0] * 392])
-    zeros = torch.zeros(1, 20)
-    assert notebook["negative_elbo_terms"](logits, x, zeros, zeros)[0].item() == pytest.approx(200 * 784)
-
-
-def test_elbo_against_brute_force(notebook):
-    """E_q[log p(x|z) + log p(z) - log q(z|x)] by plain Monte Carlo over densities, for one image."""
-    torch.manual_seed(1)
-    model = notebook["CVAE"]().to(notebook["DEVICE"])
-    x, c = notebook["x_val"][:1], notebook["y_val"][:1]
-    bce, kl = notebook["evaluate"](model, x, c, samples=2000)
-    with torch.no_grad():
-        pixels = x.float() / 255
-        mu, logvar = model.encode(pixels, c)
-        q = Normal(mu, torch.exp(0.5 * logvar))
-        z = q.sample((20000,))
-        p = torch.sigmoid(model.decode(z[:, 0], c.expand(20000)))
-        log_p_x = (pixels * p.log() + (1 - pixels) * (1 - p).log()).sum(1)
-        terms = -(log_p_x + Normal(0.0, 1.0).log_prob(z).sum((1, 2)) - q.log_prob(z).sum((1, 2)))
-    error = (terms.std() / math.sqrt(len(terms))).item()
-    assert bce + kl == pytest.approx(terms.mean().item(), abs=6 * error + 1e-3)
-    assert error < 0.1
-
-
-def test_forward_samples_with_the_encoders_mean_and_spread(notebook):
-    torch.manual_seed(2)
-    model = notebook["VAE"]().to(notebook["DEVICE"])
-    model.decode = lambda z, c=None: z  # see z itself
-    x = notebook["x_val"][:1].float().expand(20000, -1) / 255
-    with torch.no_grad():
-        z, mu, logvar = model(x)
-    assert torch.allclose(z.mean(0), mu[0], atol=0.05)
-    assert torch.allclose(z.std(0), torch.exp(0.5 * logvar[0]), rtol=0.05)
-
-
-def test_iwae_with_one_sample_is_the_elbo_and_more_samples_tighten_it(notebook):
-    torch.manual_seed(3)
-    model = notebook["VAE"]().to(notebook["DEVICE"])
-    torch.nn.init.normal_(model.fc3.weight, std=1.0)  # so that z matters
-    x, c = notebook["x_val"][:100], notebook["y_val"][:100]
-    elbo = sum(notebook["evaluate"](model, x, c, samples=200))
-    one = np.mean([notebook["iwae_bound"](model, x, c, samples=1, seed=s) for s in range(200)])
-    assert one == pytest.approx(elbo, rel=5e-3)
-    assert notebook["iwae_bound"](model, x, c, samples=100) < one
-
-
-def test_iwae_reaches_the_exact_likelihood_where_that_is_known(notebook):
-    """A decoder that ignores z has p(x) = p(x|z), whatever q is."""
-    model = notebook["VAE"]().to(notebook["DEVICE"])
-    torch.nn.init.zeros_(model.fc3.weight)
-    torch.nn.init.zeros_(model.fc21.weight)
-    torch.nn.init.zeros_(model.fc22.weight)
-    torch.nn.init.zeros_(model.fc21.bias)
-    torch.nn.init.constant_(model.fc22.bias, math.log(0.9))
-    x, c = notebook["x_val"][:50], notebook["y_val"][:50]
-    bce, kl = notebook["evaluate"](model, x, c)
-    assert kl > 0.05
-    assert notebook["iwae_bound"](model, x, c, samples=4000) == pytest.approx(bce, abs=0.02)
+def test_loss_is_finite_where_a_sigmoid_saturates(nb):
+    logits, x, zeros = torch.tensor([[200.0, -200.0] * 392]), torch.tensor([[0.0, 1.0] * 392]), torch.zeros(1, 20)
+    assert nb.negative_elbo_terms(logits, x, zeros, zeros)[0].item() == pytest.approx(200 * 784)
 
 
 @pytest.mark.parametrize("part", ["encode", "decode"])
-def test_class_reaches_the_cvaes_encoder_and_decoder_one_hot(notebook, part):
-    model = notebook["CVAE"]()
+def test_class_reaches_the_cvaes_encoder_and_decoder_one_hot(nb, part):
+    model, seen = nb.CVAE(), []
     layer, size = (model.fc1, 784) if part == "encode" else (model.fc3, 20)
-    seen = []
     layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     value, c = torch.rand(10, size), torch.arange(10)
     getattr(model, part)(value, c)
@@ -136,53 +91,177 @@ def test_class_reaches_the_cvaes_encoder_and_decoder_one_hot(notebook, part):
     assert torch.equal(seen[0][:, size:], torch.eye(10))
 
 
-def test_split_is_80_20_stratified_disjoint_and_seeded(notebook):
-    y = torch.arange(10).repeat(600)[torch.randperm(6000)]
-    fit_rows, val_rows = notebook["split_rows"](y)
-    assert sorted([*fit_rows, *val_rows]) == list(range(6000))
-    assert torch.bincount(y[fit_rows]).tolist() == [480] * 10
-    assert torch.bincount(y[val_rows]).tolist() == [120] * 10
-    assert np.array_equal(notebook["split_rows"](y)[1], val_rows)
+def test_forward_samples_with_the_encoders_mean_and_spread(nb, models, monkeypatch):
+    vae, _ = models
+    monkeypatch.setattr(vae, "decode", lambda z, c=None: z)  # see z itself
+    z, mu, logvar = vae(nb.x_val[:1].expand(20000, -1))
+    assert torch.allclose(z.mean(0), mu[0], atol=0.05)
+    assert torch.allclose(z.std(0), torch.exp(0.5 * logvar[0]), rtol=0.05)
 
 
-def test_one_step_learns_and_reaches_every_weight(notebook):
-    model = notebook["CVAE"]().to(notebook["DEVICE"])
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    x, c = notebook["x_train"][:128], notebook["y_train"][:128]
-    losses = [notebook["train_step"](model, optimizer, x, c).item() for _ in range(20)]
-    assert losses[-1] < losses[0]
-    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert all(p.dtype == torch.float32 for p in model.parameters())
+# Bounds
 
 
-def test_stopping_rule_and_choice_of_weights(notebook):
+def densities(model, x, c, q, n):
+    """log p(x, z|c) - log q(z) for draws of z from a torch distribution q over R^20, for one image: (n,)."""
+    z = q.sample((n,))
+    log_p_x = Bernoulli(logits=model.decode(z, c.expand(n)), validate_args=False).log_prob(x).sum(1)
+    return log_p_x + Normal(0.0, 1.0).log_prob(z).sum(1) - q.log_prob(z)
+
+
+def test_elbo_by_monte_carlo_over_densities(nb, models):
+    for model in models:
+        x, c = nb.x_val[:1], nb.y_val[:1]
+        mu, logvar = model.encode(x, c)
+        terms = -densities(model, x, c, MultivariateNormal(mu[0], torch.diag(logvar[0].exp())), 20000)
+        error = (terms.std() / math.sqrt(len(terms))).item()
+        assert sum(nb.evaluate(model, x, c, draws=2000)) == pytest.approx(terms.mean().item(), abs=6 * error + 1e-3)
+        assert error < 0.3
+
+
+def test_log_weights_are_those_of_a_gaussian_with_full_covariance(nb, models):
+    """Mean and standard deviation of log w over draws, against torch's densities; then the bound from K of them."""
+    _, cvae = models
+    x, c = nb.x_val[:1], nb.y_val[:1]
+    mu, log_diagonal, below = torch.randn(1, 20), 0.3 * torch.randn(1, 20) - 1, 0.1 * torch.randn(1, 20, 20)
+    q = MultivariateNormal(mu[0], scale_tril=below[0].tril(-1) + torch.diag(log_diagonal[0].exp()))
+    expected = densities(cvae, x, c, q, 20000)
+    noise = torch.Generator().manual_seed(0)
+    found = nb.log_weights(cvae, x, c, (mu, log_diagonal, below), 20000, noise)[:, 0]
+    assert found.mean().item() == pytest.approx(expected.mean().item(), abs=8 * found.std().item() / 141)
+    assert found.std().item() == pytest.approx(expected.std().item(), rel=0.05)
+
+
+def test_the_gradient_to_climb_is_that_of_the_elbo_with_less_noise(nb, models):
+    """On average over many draws, for a mean, a diagonal and what stands below it."""
+    vae, _ = models
+    x, c = nb.x_val[:1], nb.y_val[:1]
+    means, noises = [], []
+    for to_climb in False, True:
+        torch.manual_seed(0)
+        q = [torch.randn(1, 20) / 4, torch.zeros(1, 20) - 1, 0.05 * torch.randn(1, 20, 20)]
+        q = [part.requires_grad_() for part in q]
+        gradients = []
+        for seed in range(40):
+            noise = torch.Generator().manual_seed(seed)
+            value = nb.log_weights(vae, x, c, q, 250, noise, to_climb).mean()
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, q)]))
+        gradients = torch.stack(gradients)
+        means.append(gradients.mean(0))
+        noises.append(gradients.std(0) / math.sqrt(40))
+    z = (means[1] - means[0]) / (noises[0].square() + noises[1].square()).sqrt().clamp(min=1e-4)
+    assert z.abs().max() < 6
+    assert not torch.equal(*means)
+
+
+def test_iwae_with_one_sample_is_the_elbo_and_more_samples_tighten_it(nb, models):
+    vae, _ = models
+    x, c = nb.x_val.repeat(20, 1), nb.y_val.repeat(20)
+    elbo = sum(nb.evaluate(vae, nb.x_val, nb.y_val, draws=200))
+    one = nb.iwae_bound(vae, x, c, samples=1).mean().item()
+    assert one == pytest.approx(elbo, rel=5e-3)
+    assert nb.iwae_bound(vae, x, c, samples=50).mean() < one
+
+
+def test_iwae_reaches_the_exact_likelihood_where_that_is_known(nb, models):
+    """A decoder that ignores z has p(x) = p(x|z), whatever q is; it does not ignore the class."""
+    for model in models:
+        torch.nn.init.zeros_(model.fc3.weight[:, :20])
+        for layer, logvar in (model.fc21, 0.1), (model.fc22, math.log(0.81)):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.constant_(layer.bias, logvar)
+        bce, kl = nb.evaluate(model, nb.x_val, nb.y_val)
+        assert kl > 0.05
+        assert nb.iwae_bound(model, nb.x_val, nb.y_val, samples=4000).mean().item() == pytest.approx(bce, abs=0.02)
+    nb.class_bounds.cache_clear()
+    row = nb.unlabelled(models)
+    exact = torch.stack([without_z(nb, models[1], torch.full_like(nb.y_test, c)) for c in range(10)], 1)
+    mixture = -torch.logsumexp(-exact.double() - math.log(10), 1)
+    assert row["cvae_unlabelled_iwae"] == pytest.approx(mixture.mean().item(), abs=0.2)
+    right = (exact.argmin(1) == nb.y_test).float().mean().item()
+    assert row["cvae_generative_accuracy"] == pytest.approx(right, abs=0.02)
+    gain = without_z(nb, models[0], nb.y_test).double() - mixture
+    assert row["unlabelled_difference"] == pytest.approx(gain.mean().item(), abs=0.2)
+    assert row["unlabelled_difference_se"] == pytest.approx(gain.std().item() / math.sqrt(len(gain)), rel=0.1)
+
+
+def without_z(nb, model, c):
+    """-log p(x|z = 0, c) of each test image: (n_test,)."""
+    logits = model.decode(torch.zeros(len(c), 20), c)
+    return -Bernoulli(logits=logits, validate_args=False).log_prob(nb.x_test).sum(1)
+
+
+def linear_gaussian_model(nb, monkeypatch):
+    """Log-weights whose posterior is known: log p(x|z) = -|A z - x|^2 / 2 with 20 x 20 matrices A. Returns A."""
+    A = torch.randn(20, 20, generator=torch.Generator().manual_seed(0)) / 4 + torch.eye(20)
+
+    def log_weights(model, x, c, q, samples, noise, to_climb=False):
+        mu, log_diagonal, below = q
+        scale = torch.diag_embed(log_diagonal.exp()) + below.tril(-1)
+        eps = torch.randn(samples, *mu.shape, generator=noise)
+        z = mu + torch.einsum("nij,snj->sni", scale, eps)
+        log_joint = -0.5 * (z @ A.T - x[:, :20]).square().sum(-1) - 0.5 * z.square().sum(-1)
+        if to_climb:
+            slope = torch.linalg.inv(scale.detach()).mT @ eps[..., None]
+            return log_joint + (z * slope[..., 0]).sum(-1)
+        return log_joint + 0.5 * eps.square().sum(-1) + log_diagonal.sum(-1)
+
+    monkeypatch.setattr(nb, "log_weights", log_weights)
+    return A
+
+
+def test_gaps_are_the_known_ones_of_a_linear_gaussian_model(nb, models, monkeypatch):
+    """There the best diagonal q has the posterior's mean and the diagonal of its precision; the full one is exact."""
+    A = linear_gaussian_model(nb, monkeypatch)
+    monkeypatch.setattr(nb, "GAP_STEPS", 400)
+    monkeypatch.setattr(nb, "GAP_IMAGES", 50)
+    row = nb.gaps(models[0])
+    precision = A.T @ A + torch.eye(20)
+    covariance = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision)).item()
+    assert row["covariance_gap"] == pytest.approx(covariance, abs=0.15)
+    assert row["rest_gap"] == pytest.approx(0, abs=0.1)
+    x = nb.x_test[:50]
+    mean = x[:, :20] @ A @ torch.linalg.inv(precision)
+    mu, logvar = models[0].encode(x)
+    error = mu - mean
+    away = (error @ precision * error).sum(1) + (logvar.exp() * precision.diagonal() - 1 - logvar).sum(1)
+    amortisation = 0.5 * (away - precision.diagonal().log().sum()).mean().item()
+    assert row["amortisation_gap"] == pytest.approx(amortisation, rel=0.05, abs=0.15)
+
+
+# Training
+
+
+def test_validation_part_is_a_stratified_fifth_and_seeded(nb):
+    one, other = nb.load_fashion(), nb.load_fashion()
+    assert (len(one.x_train), len(one.x_val)) == (1200, 300)
+    share = torch.bincount(one.y_val) / torch.bincount(one.y_train)
+    assert share.sub(0.25).abs().max() < 0.02
+    assert torch.equal(one.x_val, other.x_val)
+    every = torch.cat([one.x_train, one.x_val]).flatten(1).double() @ torch.arange(784).double()
+    original = nb.load_data("FashionMNIST").x_train.flatten(1).double() @ torch.arange(784).double()
+    assert torch.equal(every.sort()[0], original.sort()[0])
+
+
+def test_stopping_rule_and_choice_of_weights(nb):
     scores = [250 - 10 * (1 - 0.9**e) for e in range(1, 121)]
-    history = [{"epoch": e, "train": 0.0} for e in range(1, 121)]
+    history = [{"epoch": e, "loss": 0.0} for e in range(1, 121)]
     for row, score in zip(history, scores):
-        if row["epoch"] % notebook["VALIDATE_EVERY"] == 0:
-            row.update({key: score + k for k, key in enumerate(reversed(notebook["WEIGHTS"]))})
-    flat = [e for e in range(1, 121) if notebook["is_flat"](history[:e])]
+        if row["epoch"] % nb.VALIDATE_EVERY == 0:
+            row.update({key: score + k for k, key in enumerate(reversed(nb.WEIGHTS))})
+    flat = [e for e in range(1, 121) if nb.is_flat(history[:e])]
     first = flat[0]
-    assert scores[first - notebook["PATIENCE"] - 1] - scores[first - 1] == pytest.approx(0.1, abs=0.06)
+    assert scores[first - nb.PATIENCE - 1] - scores[first - 1] == pytest.approx(0.1, abs=0.06)
     assert flat == list(range(first, 121))
-    assert notebook["best_of"](history) == (scores[119], 120, notebook["WEIGHTS"][-1])
-
-
-def test_divergence_stops_with_a_message_and_keeps_the_last_state(tmp_path):
-    notebook = small_problem(tmp_path)
-    poison_training(notebook, after=6)
-    with refused(
-        "training diverges (VAE)", FloatingPointError, r"vae: training broke down in epoch 3 .*epoch 2 is kept"
-    ):
-        notebook["fit"]("vae", notebook["VAE"])
-    assert len(notebook["load_state"](tmp_path / "state" / "vae.pt")["history"]) == 2
+    assert nb.best_of(history) == (scores[119], 120, nb.WEIGHTS[-1])
 
 
 def fit_small(out):
     """Train a small C-VAE in `out`; returns its weights and history."""
-    notebook = small_problem(out)
-    model, history = notebook["fit"]("cvae", notebook["CVAE"])
+    nb = small_problem(out)
+    torch.manual_seed(0)
+    model = nb.CVAE()
+    history = nb.fit("toy", model, seed=0)
     return model.state_dict(), history
 
 
@@ -195,107 +274,194 @@ def uninterrupted(tmp_path_factory):
     return fit_small(tmp_path_factory.mktemp("uninterrupted"))
 
 
-def test_two_runs_give_the_same_numbers(uninterrupted, tmp_path):
+def test_training_learns_repeats_itself_and_ends_with_the_best_weights(nb, uninterrupted, tmp_path):
+    weights, history = uninterrupted
+    assert [row["epoch"] for row in history] == list(range(5, history[-1]["epoch"] + 1, 5))
+    assert history[-1]["raw"] < 0.9 * history[0]["raw"]
+    assert same(fit_small(tmp_path), uninterrupted)
+    model = nb.CVAE()
+    model.load_state_dict(weights)
+    assert sum(nb.evaluate(model, nb.x_val, nb.y_val)) == pytest.approx(nb.best_of(history)[0])
+    assert all(p.dtype == torch.float32 for p in weights.values())
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(uninterrupted, tmp_path):
+    assert 1 <= kill_in_training("test_vae", tmp_path, "hw5_vae/toy") < EPOCHS
     assert same(fit_small(tmp_path), uninterrupted)
 
 
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_resumes_to_the_same_numbers(uninterrupted, tmp_path, by):
-    assert 1 <= kill_in_training("test_vae", tmp_path, "cvae", by) < 12
-    assert same(fit_small(tmp_path), uninterrupted)
-    FAULTS[f"{by.name} in training (VAE)"] = "the next run goes on where it was, to the same numbers"
+def test_a_collapsed_posterior_stops_the_training(nb, models):
+    vae, _ = models
+    for layer in vae.fc21, vae.fc22:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    with pytest.raises(FloatingPointError, match="collapsed to the prior by epoch 5: try another SEED"):
+        nb.validate({"raw": vae}, vae, [{"epoch": 5}])
 
 
-def test_jupyters_stop_button_is_answered_in_a_line(uninterrupted, tmp_path):
-    """In a kernel: the cell counts as failed, so that none follows, no traceback is shown, and nothing is lost."""
-    manager, client = start_new_kernel(kernel_name="python3", cwd=str(ROOT / "tests"))
-    try:
-        client.execute(f"from test_vae import fit_small; fit_small({str(tmp_path)!r})")
-        while not (tmp_path / "state" / "cvae.pt").exists():
-            time.sleep(0.01)
-        manager.interrupt_kernel()
-        assert client.get_shell_msg(timeout=60)["content"]["status"] == "error"
-        shown, message = [], client.get_iopub_msg(timeout=60)
-        while message["content"].get("execution_state") != "idle":
-            shown.append((message["msg_type"], message["content"]))
-            message = client.get_iopub_msg(timeout=60)
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
-    assert not [content for kind, content in shown if kind == "error"]
-    line = "".join(content["text"] for kind, content in shown if kind == "stream" and content["name"] == "stderr")
-    assert "go on" in line
-    assert line.count("\n") == 1
-    assert same(fit_small(tmp_path), uninterrupted)
-    FAULTS["stop button of Jupyter"] = line.strip()
+def test_the_later_trainings_are_measured_once_and_enter_means_and_deviations(nb, tmp_path, monkeypatch):
+    monkeypatch.setattr(nb, "METRICS", {})
+    seen = []
+
+    def size(model):
+        seen.append(model)
+        return {"value": float(model)}
+
+    nb.over_runs("toy_", [1, 2, 3], size)
+    assert seen == [2, 3, 1]
+    assert nb.METRICS["toy_size_other_runs"] == [{"value": 2.0}, {"value": 3.0}]
+    assert (nb.METRICS["toy_value"], nb.METRICS["toy_value_std"]) == (2, 1)
+    assert nb.told("toy_value") == "2.00 ± 1.00"
+    nb.over_runs("trained_", [4, 5], size, trains=True)
+    assert nb.METRICS["trained_size"] == {"value": 4.0}, "the first, too, is taken once"
+    nb.over_runs("", [1], size)
+    assert (nb.METRICS["value"], nb.METRICS["value_std"], nb.told("value")) == (1, None, "1.00")
 
 
-def test_a_damaged_state_is_named(tmp_path):
-    os.makedirs(tmp_path / "state")
-    (tmp_path / "state" / "cvae.pt").write_bytes(b"not a checkpoint")
-    with refused("state of an interrupted run damaged", RuntimeError, r"state/cvae\.pt is damaged .*delete it"):
-        fit_small(tmp_path)
+# Codes
 
 
-def test_aggregate_kl_against_torch_and_samples(notebook):
+def test_codes_are_in_order_and_z_is_drawn_from_q(nb, models):
+    _, cvae = models
+    codes = nb.codes(cvae, "train")
+    mu, logvar = cvae.encode(nb.x_train, nb.y_train)
+    np.testing.assert_allclose(codes.mu, mu, atol=1e-5)
+    eps = (codes.z - codes.mu) / torch.exp(0.5 * logvar).numpy()
+    assert abs(eps.mean()) < 0.04
+    assert eps.std() == pytest.approx(1, abs=0.04)
+
+
+def test_neighbours_are_the_nearest_others(nb, models):
+    vae, _ = models
+    mu = nb.codes(vae, "test").mu.astype(np.float64)
+    distances = np.linalg.norm(mu[:, None] - mu, axis=2)
+    np.fill_diagonal(distances, np.inf)
+    expected = np.sort(distances, axis=1)[:, :9]
+    np.testing.assert_allclose(np.take_along_axis(distances, nb.neighbours(vae), 1), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mixture_bounds_the_divergence_from_below_and_one_gaussian_reaches_that_of_a_gaussian(nb):
     rng = np.random.default_rng(0)
-    mu, sigma = rng.normal(0.3, 0.7, (4000, 3)) @ rng.normal(size=(3, 3)), rng.uniform(0.2, 0.9, (4000, 3))
-    value = notebook["aggregate_kl"](mu, sigma)
-    z = torch.tensor(mu + sigma * rng.normal(size=mu.shape))
-    fitted = MultivariateNormal(z.mean(0), torch.cov(z.T))
-    prior = MultivariateNormal(torch.zeros(3, dtype=z.dtype), torch.eye(3, dtype=z.dtype))
-    assert value == pytest.approx(kl_divergence(fitted, prior).item(), rel=0.05)
+    mixing = rng.normal(size=(3, 3)) / 2
+    train, test = (rng.normal(0.5, 1, (20000, 3)) @ mixing for _ in range(2))
+    q = MultivariateNormal(torch.tensor(0.5 * mixing.sum(0)), torch.tensor(mixing.T @ mixing))
+    prior = MultivariateNormal(torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
+    assert nb.mixture_bound(1, train, test) == pytest.approx(kl_divergence(q, prior).item(), abs=0.05)
+    two = [draws + 4 * np.sign(rng.normal(size=(len(draws), 1))) for draws in (train, test)]
+    assert nb.mixture_bound(2, *two) > nb.mixture_bound(1, *two) + 0.1
 
 
-def test_codes_are_in_order_and_z_is_drawn_from_q(notebook):
-    model = notebook["VAE"]().to(notebook["DEVICE"])
-    x, c = notebook["x_train"].repeat(4, 1), notebook["y_train"].repeat(4)
-    codes = notebook["encode_all"](model, x, c)
-    with torch.no_grad():
-        mu, logvar = model.encode(x.float() / 255, c)
-    np.testing.assert_allclose(codes["mu"], mu.cpu(), atol=1e-5)
-    np.testing.assert_allclose(codes["sigma"], torch.exp(0.5 * logvar).cpu(), rtol=1e-4)
-    eps = (codes["z"] - codes["mu"]) / codes["sigma"]
-    assert abs(eps.mean()) < 0.03
-    assert eps.std() == pytest.approx(1, abs=0.03)
+def test_ledger_of_codes_that_are_known(nb, monkeypatch):
+    """The class alone in the first dimension, far apart: all of log 10 nats; a standard normal elsewhere."""
+    rng = np.random.default_rng(0)
+    many = {name: np.arange(n) % 10 for name, n in (("train", 6000), ("val", 1000), ("test", 3000))}
+    made = {}
+    for name, y in many.items():
+        z = rng.normal(size=(len(y), 20)).astype(np.float32)
+        z[:, 0] = 10 * y + 0.1 * z[:, 0]
+        made[name] = SimpleNamespace(mu=z, z=z)
+    monkeypatch.setattr(nb, "labels", many)
+    monkeypatch.setattr(nb, "codes", lambda model, name: made[name])
+    monkeypatch.setattr(nb, "evaluate", lambda *args: (0.0, 2000.0))
+    row = nb.class_in_codes(object())
+    assert row["class_information"] == pytest.approx(math.log(10), abs=0.02)
+    exact = 0.5 * np.mean([(10 * c) ** 2 + 0.01 - 1 - math.log(0.01) for c in range(10)])  # mean KL(q(z|c) || p)
+    assert row["aggregate_kl"] == pytest.approx(exact, abs=0.5)
+    assert row["marginal_kl"] == pytest.approx(exact - math.log(10), abs=0.7)
+    assert row["class_kl"] + row["rest_of_kl"] == pytest.approx(2000)
+    assert row["same_class_neighbours"] == row["z_knn"] == row["mu_qda"] == 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("model", ["VAE", "CVAE"])
+def test_verdicts(nb):
+    values = {0.75: "failed", 0.7: "failed", 0.6: "held in direction", 0.2: "held in direction", 0.15: "held"}
+    assert {value: nb.verdict(0.75, value, 0.1) for value in values} == values
+    assert nb.verdict(0.75, 0.8, 0.1) == "failed"
+
+
+def test_labels_given_to_the_encoder(nb):
+    c = torch.arange(10).repeat(500)
+    assert torch.equal(nb.given(c, "true", 0), c)
+    assert not nb.given(c, "one", 0).any()
+    wrong, drawn = nb.given(c, "wrong", 0), nb.given(c, "random", 0)
+    assert not (wrong == c).any()
+    for label in wrong, drawn:
+        assert (torch.bincount(label, minlength=10) - 500).abs().max() < 100
+    assert (drawn == c).float().mean() == pytest.approx(0.1, abs=0.02)
+    assert not torch.equal(drawn, nb.given(c, "random", 1))
+
+
+def test_swaps_read_the_label_from_an_encoder_that_writes_it_and_the_class_from_one_that_does_not(nb, monkeypatch):
+    """An encoder that writes down only the label it was given; and one that writes down only the image's class."""
+    classes = {len(c): c for _, c in nb.SETS.values()}
+
+    def write_label(x, c):
+        return 20 * torch.nn.functional.one_hot(c, 20).float(), None
+
+    row = nb.swaps(SimpleNamespace(encode=write_label))
+    assert (row["swap_random_label_given"], row["swap_wrong_label_given"]) == (1, 1)
+    assert row["swap_wrong_label_true_class"] == 0
+    assert max(row["swap_random_label_true_class"], row["swap_one_label_true_class"]) < 0.3
+    row = nb.swaps(SimpleNamespace(encode=lambda x, c: write_label(x, classes[len(x)])))
+    assert row["swap_random_label_true_class"] == row["swap_one_label_true_class"] == 1
+    assert row["swap_wrong_label_true_class"] == 1
+
+
+def test_confusions_are_shares_of_the_true_class(nb, monkeypatch):
+    monkeypatch.setattr(nb, "CLASSES", list("0123456789"), raising=False)
+    monkeypatch.setattr(nb, "show", lambda fig, *texts: nb.plt.close(fig))
+    true, answered = np.array([0, 0, 0, 1, *range(2, 10)]), np.array([0, 0, 1, 1, *range(2, 10)])
+    one, other = nb.plot_confusion({"a": (true, answered), "b": (answered, true)}, "class", "name", "title").values()
+    assert one[0].tolist() == pytest.approx([2 / 3, 1 / 3, *[0] * 8])
+    assert other[1].tolist() == pytest.approx([1 / 2, 1 / 2, *[0] * 8])
+    assert one.diagonal()[1:].tolist() == [1] * 9
+
+
+def test_the_judge_knows_the_classes(nb):
+    assert nb.judge_of_pixels().score(nb.x_test.numpy(), nb.labels["test"]) > 0.7
+
+
+# On a GPU
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["VAE", "CVAE"])
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_everything_stays_on_a_gpu(tmp_path, precision, model):
+def test_everything_stays_on_a_gpu(tmp_path, kind, bf16):
     """What is trained and what is measured, but for the backward pass, which fake tensors cannot do here."""
-    notebook = load_definitions("hw5_vae", OUT=str(tmp_path), PRECISION=precision)
+    nb = small_problem(tmp_path)
     with fake_gpu() as rules:
-        notebook["DEVICE"] = cuda = rules.device
-        with cuda:
-            network = notebook[model]()
-        x = torch.zeros(128, 784, dtype=torch.uint8, device=cuda)
-        c, z = torch.zeros(128, dtype=torch.int64, device=cuda), notebook["draw_prior"](128)
-        assert notebook["training_loss"](network, x, c).device.type == "cuda"
-        assert notebook["evaluate"](network, x, c) == (1, 1)
-        assert notebook["iwae_bound"](network, x, c, samples=2) == -1
-        assert notebook["encode_all"](network, x, c)["mu"].shape == (128, 20)
-        assert notebook["reconstruct"](network, x, c).device.type == "cuda"
-        assert notebook["sample"](network, z, c).device.type == "cuda"
+        nb.DEVICE, nb.BF16, nb.GAP_STEPS, nb.GAP_IMAGES, nb.IWAE_SAMPLES = rules.device, bf16, 1, 2, 10
+        with rules.device:
+            model = getattr(nb, kind)()
+        x, c = torch.zeros(128, 784, device=rules.device), torch.zeros(128, dtype=torch.int64, device=rules.device)
+        nb.SETS = {name: (x, c) for name in nb.SETS}
+        nb.x_train = nb.x_val = nb.x_test = x
+        nb.y_train = nb.y_val = nb.y_test = c
+        nb.epochs = lambda *args, **options: [nb.EPOCHS]
+        assert nb.fit("toy", model, 0)[0]["train"] == 2
+        assert nb.evaluate(model, x, c) == [1, 1]
+        assert nb.test_bound(model).device.type == "cpu"
+        assert nb.codes(model, "test").mu.shape == nb.mu_given(model, "test", "wrong")[0].shape == (128, 20)
+        assert nb.gaps(model).keys() == {"amortisation_gap", "covariance_gap", "rest_gap"}
+        for images in nb.reconstruct(model, x, c), nb.sample(model, nb.draw_prior(128), c):
+            assert images.device.type == "cuda"
         with pytest.raises(RuntimeError, match="device"):
-            notebook["training_loss"](network, x.to("cpu"), c)
+            model(x.to("cpu"), c)
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_no_step_of_training_waits_for_a_copy(tmp_path):
-    """Of an epoch on a GPU only the loss is copied, and in each update of the average torch's count of them."""
-    notebook, copies = load_definitions("hw5_vae", OUT=str(tmp_path)), []
+    """Of an epoch on a GPU only the loss is copied, and in each update of the averages torch's count of them."""
+    nb, copies = small_problem(tmp_path), []
+    nb.epochs, nb.validate = lambda *args, **options: [1], lambda *args: None
     with fake_gpu() as rules:
-        notebook["DEVICE"] = cuda = rules.device
-        with cuda:
-            model = notebook["CVAE"]()
-        average = notebook["AveragedModel"](model, multi_avg_fn=notebook["get_ema_multi_avg_fn"]())
-        optimizer = torch.optim.Adam(model.parameters(), fused=True)
-        for steps in (1, 2 * notebook["AVERAGE_EVERY"]):
-            n, before = steps * notebook["BATCH"], rules.copies
-            notebook["x_train"] = torch.zeros(n, 784, dtype=torch.uint8, device=cuda)
-            notebook["y_train"] = torch.zeros(n, dtype=torch.int64, device=cuda)
-            notebook["train_epoch"](model, {"EMA": average}, optimizer)
+        nb.DEVICE = rules.device
+        with rules.device:
+            model = nb.CVAE()
+        for steps in (1, 4):
+            n, before = steps * nb.BATCH, rules.copies
+            nb.x_train = torch.zeros(n, 784, device=rules.device)
+            nb.y_train = torch.zeros(n, dtype=torch.int64, device=rules.device)
+            nb.fit("toy", model, 0)
             copies.append(rules.copies - before)
-    assert copies == [1, 3]
+    assert copies[1] - copies[0] == 2 * len(nb.DECAYS)  # of the averages' counts, in two updates
