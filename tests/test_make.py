@@ -51,8 +51,10 @@ def test_ctrl_c_ends_the_run_with_a_line_and_a_failure(clone):
 
 def test_a_notebook_that_had_finished_on_the_same_data_is_left_as_it_is(clone):
     """A trivial notebook in place of a real one; the state between the two runs is that of a killed one."""
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print('ran')")]), clone / "one.ipynb")
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), clone / "two.ipynb")
+    for name, source in ("one", "print('ran')"), ("two", "1 / 0"):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(notebook, clone / f"{name}.ipynb")
     command = [*COMMAND[:-1], "NOTEBOOKS=one.ipynb two.ipynb"]
 
     def run(data):

@@ -440,6 +440,7 @@ def test_everything_stays_on_a_gpu(tmp_path, kind, bf16):
         nb.epochs = lambda *args, **options: [nb.EPOCHS]
         assert nb.fit("toy", model, 0)[0]["train"] == 2
         assert nb.evaluate(model, x, c) == [1, 1]
+        model.requires_grad_(False)
         assert nb.test_bound(model).device.type == "cpu"
         assert nb.codes(model, "test").mu.shape == nb.mu_given(model, "test", "wrong")[0].shape == (128, 20)
         assert nb.gaps(model).keys() == {"amortisation_gap", "covariance_gap", "rest_gap"}
