@@ -24,8 +24,8 @@ def demo(request, tmp_path_factory):
 def tolerance(key, expected, beside, rel):
     """How far a float may be from the expected one; beside: the metrics it stands among.
 
-    What t-SNE, small classifiers, annealed sampling and long Gibbs chains give depends on the last bits of a sum, which
-    differ between processors. An annealed estimate may be off by its own stated error, at least a nat.
+    What t-SNE, small classifiers, annealed sampling and long Gibbs chains give depends on the last bits of a sum,
+    which differ between processors. An annealed estimate may be off by its own stated error, at least a nat.
     """
     if key.endswith(("_ais", "_ais_se")):
         return {"abs": max(1, beside.get(key if key.endswith("_se") else f"{key}_se", 0.03 * abs(expected)))}
