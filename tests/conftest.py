@@ -29,10 +29,7 @@ matplotlib.use("Agg")
 os.environ["TQDM_DISABLE"] = "1"
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.stem for path in ROOT.glob("hw5_*.ipynb"))
-REBUILT = [
-    "hw5_rbm",
-    "hw5_vae",
-]  # share the three cells that test_shared.py tests; the other has six older ones
+REBUILT = ["hw5_rbm", "hw5_vae"]  # share the three cells that test_shared.py tests; the other has six older ones
 FAULTS = {}  # what goes wrong: what is said or done about it
 
 
@@ -183,8 +180,8 @@ def fake_gpu():
         with rules.device:
             return type(value)()
 
-    both = patch("torch.optim.swa_utils.deepcopy", another), patch("copy.deepcopy", another)
-    with read, both[0], both[1], FakeTensorMode(), rules:
+    deep, average = patch("copy.deepcopy", another), patch("torch.optim.swa_utils.deepcopy", another)
+    with read, deep, average, FakeTensorMode(), rules:
         yield rules
 
 
