@@ -21,7 +21,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from conftest import load_definitions
+from conftest import load_module
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
@@ -113,7 +113,9 @@ def notebook_rbm_epoch(notebook, dataset):
 
 def textbook_gan_steps(notebook, dataset):
     """Steps as PyTorch's DCGAN example takes them: float32, the players in turn."""
-    generator, discriminator = (notebook[name]().to(notebook["DEVICE"]) for name in ("Generator", "Discriminator"))
+    generator, discriminator = (
+        notebook[f"new_{name}"]().to(notebook["DEVICE"]) for name in ("generator", "discriminator")
+    )
     options = {"lr": notebook["LEARNING_RATE"], "betas": (0.5, 0.999)}
     optimizer_g, optimizer_d = (torch.optim.Adam(p.parameters(), **options) for p in (generator, discriminator))
 
@@ -136,11 +138,12 @@ def textbook_gan_steps(notebook, dataset):
 
 
 def notebook_gan_steps(notebook, dataset):
-    """As many steps of the notebook's own training, the average of the generator included."""
-    x = dataset.dataset.data[torch.tensor(dataset.indices)].to(notebook["DEVICE"])
-    players, optimizers, average = notebook["make_players"](notebook["DROPOUT"])
-    options = "minimax", notebook["LEARNING_RATE"], notebook["DROPOUT"]
-    return lambda: notebook["train_epoch"](players, optimizers, average, x, *options)
+    """As many steps of the notebook's own training, the images already on the device."""
+    notebook["x_train"] = notebook["to_input"](dataset.dataset.data[torch.tensor(dataset.indices)]).to(
+        notebook["DEVICE"]
+    )
+    players = notebook["new_gan"](seed=0)
+    return lambda: notebook["fit"]("some steps", *players, seed=0)
 
 
 def seconds(function):
@@ -157,7 +160,7 @@ def seconds(function):
 def matmul_peak(notebook, n=2048, times=10):
     """Floating-point operations per second of the fastest of some (n, n) products, in the training's precision."""
     a = torch.randn(n, n, device=notebook["DEVICE"])
-    a = a.bfloat16() if notebook.get("BF16", notebook["PRECISION"] == "bf16") else a
+    a = a.bfloat16() if notebook["BF16"] else a
     return 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(times))
 
 
@@ -180,7 +183,7 @@ def compare(label, notebook, textbook, ours):
 
 ADAM = torch.optim.Adam
 WITHOUT = {  # an ingredient: the context in which a notebook does without it
-    "bf16 products": lambda notebook: patch.dict(notebook, PRECISION="fp32", BF16=False),
+    "bf16 products": lambda notebook: patch.dict(notebook, BF16=False),
     "fused Adam": lambda _: patch("torch.optim.Adam", lambda *args, fused, **options: ADAM(*args, **options)),
     "averaging only some steps": lambda notebook: patch.dict(notebook, AVERAGE_EVERY=1),
     "channels-last layout": lambda notebook: patch.dict(notebook, LAYOUT=torch.contiguous_format),
@@ -204,7 +207,7 @@ def take_away(label, notebook, training, dataset, *ingredients):
 
 def main():
     with tempfile.TemporaryDirectory() as scratch:
-        notebook = load_definitions("hw5_vae", OUT=scratch)
+        notebook = vars(load_module("hw5_vae", OUT=scratch))
         notebook.update(epochs=lambda *_, **__: [1], validate=lambda *_: None)  # one epoch, nothing kept or scored
         source = data_folder("FashionMNIST", scratch)
         fashion = datasets.FashionMNIST(source, train=True, transform=transforms.ToTensor())
@@ -213,11 +216,11 @@ def main():
         print(f"{'':<46} {'textbook s':>10} {'here s':>10} {'ratio':>8} {'GFLOP/s of peak':>16}")
         textbook, ours = textbook_vae_epoch(notebook, part), notebook_vae_epoch(notebook, part)
         compare("VAE, one epoch (48,000 images, batch 128)", notebook, textbook, ours)
-        common, averaging = ("bf16 products", "fused Adam"), "averaging only some steps"
-        rows = take_away("VAE", notebook, notebook_vae_epoch, part, *common, averaging)
+        common = "bf16 products", "fused Adam"
+        rows = take_away("VAE", notebook, notebook_vae_epoch, part, *common, "averaging only some steps")
 
         kuzushiji = datasets.KMNIST(data_folder("KMNIST", scratch), train=True, transform=transforms.ToTensor())
-        notebook = load_definitions("hw5_rbm", OUT=scratch)
+        notebook = vars(load_module("hw5_rbm", OUT=scratch))
         images = kuzushiji.data.flatten(1).float() / 255
         notebook.update(mean_image=images.mean(0), spread=images.std(0).clamp(min=notebook["SIGMA_MIN"]), passes=1)
         notebook.update(epochs=lambda *_, **__: [1], watch=lambda *_, **__: {})  # one epoch, nothing kept
@@ -225,14 +228,16 @@ def main():
         compare("RBM M = 256, one epoch (60,000 images, CD-5)", notebook, textbook, ours)
         rows += take_away("RBM", notebook, notebook_rbm_epoch, kuzushiji, *common)
 
-        notebook = load_definitions("hw5_gan", OUT=scratch)
-        notebook["BATCH"] = 128
+        notebook = vars(load_module("hw5_gan", OUT=scratch))
+        notebook.update(
+            BATCH=128, epochs=lambda *_, **__: [1], score=lambda *_: {}
+        )  # one epoch, nothing kept or scored
         scaled = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
         digits = datasets.MNIST(data_folder("MNIST", scratch), train=True, transform=scaled)
         part = Subset(digits, range(20 * 128))
         textbook, ours = textbook_gan_steps(notebook, part), notebook_gan_steps(notebook, part)
         compare("DCGAN, 20 steps (batch 128)", notebook, textbook, ours)
-        rows += take_away("DCGAN", notebook, notebook_gan_steps, part, *common, averaging, "channels-last layout")
+        rows += take_away("DCGAN", notebook, notebook_gan_steps, part, *common, "channels-last layout")
         print(f"\n{'without one ingredient':<46} {'slower':>7}", *rows, sep="\n")
 
 

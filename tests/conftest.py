@@ -1,9 +1,7 @@
-"""Load the notebooks' own definition cells, run whole notebooks, and keep a table of faults, for the tests."""
+"""Load the notebooks' own definition cells and run whole notebooks, for the tests."""
 
 import json
-import math
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -29,8 +27,6 @@ matplotlib.use("Agg")
 os.environ["TQDM_DISABLE"] = "1"
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.stem for path in ROOT.glob("hw5_*.ipynb"))
-REBUILT = ["hw5_rbm", "hw5_vae"]  # share the three cells that test_shared.py tests; the other has six older ones
-FAULTS = {}  # what goes wrong: what is said or done about it
 
 
 def cells(notebook, *tags):
@@ -49,11 +45,6 @@ def load_module(notebook, **parameters):
     return module
 
 
-def load_definitions(notebook, **parameters):
-    """As load_module, as a dict."""
-    return vars(load_module(notebook, **parameters))
-
-
 def run_notebook(notebook, folder, **parameters):
     """Run a whole notebook into a folder. Returns the executed notebook."""
     parameters = {"OUT": str(folder), "DATA": "demo", **parameters}
@@ -61,39 +52,6 @@ def run_notebook(notebook, folder, **parameters):
     folder.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(source, target, parameters, cwd=folder, progress_bar=False)
     return nbformat.read(target, as_version=4)
-
-
-@contextmanager
-def refused(fault, error, match):
-    """Expect an error whose one-line message matches, and note it in the table of faults."""
-    with pytest.raises(error, match=match) as caught:
-        yield
-    message = str(caught.value)
-    assert "\n" not in message
-    note_fault(fault, message)
-
-
-def note_fault(fault, answer):
-    """Put into the table of faults what was said, without the test's temporary folder."""
-    FAULTS[fault] = re.sub(r"/\S*/", "", answer)
-
-
-@pytest.fixture(autouse=True)
-def report_faults(record_property):
-    """Hand the test's faults to its report, which comes back from the parallel processes."""
-    yield
-    while FAULTS:
-        record_property("fault", FAULTS.popitem())
-
-
-def pytest_terminal_summary(terminalreporter):
-    reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    properties = [pair for report in reports for pair in getattr(report, "user_properties", [])]
-    answers = dict(sorted(value for name, value in properties if name == "fault"))
-    if answers:
-        terminalreporter.section("faults, and what is said or done about them")
-        for fault, answer in answers.items():
-            terminalreporter.write_line(f"{fault}: {answer}")
 
 
 def heed_interrupts():
@@ -115,17 +73,6 @@ def kill_in_training(module, folder, run, by=signal.SIGKILL):
     process.send_signal(by)
     assert process.wait() == -by
     return len(torch.load(state, weights_only=True)["history"])
-
-
-def poison_training(notebook, after):
-    """Let the notebook's train_step return NaN after so many steps."""
-    step, calls = notebook["train_step"], []
-
-    def poisoned(*args):
-        calls.append(1)
-        return step(*args) * (math.nan if len(calls) > after else 1)
-
-    notebook["train_step"] = poisoned
 
 
 def read_metrics(folder, notebook):

@@ -1,303 +1,165 @@
-"""The GAN notebook's definitions, against independent routes."""
+"""The GAN notebook's definitions, against autograd, scipy, loops and plain numpy."""
 
 import copy
-import inspect
+import itertools
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
-from conftest import FAULTS, fake_gpu, kill_in_training, load_definitions, poison_training, refused
+from conftest import fake_gpu, kill_in_training, load_module
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from torch import nn
 
-N_TRAIN = 256
+EPOCHS = 4
 FIGURE_1 = {
-    "Discriminator": ["28x28x1", "14x14x64", "7x7x128", "4x4x256", "4x4x512", "1"],
-    "Generator": ["100", "7x7x256", "14x14x128", "28x28x64", "28x28x32", "28x28x1"],
+    "discriminator": ["14x14x64", "7x7x128", "4x4x256", "4x4x512", "1"],
+    "generator": ["12544", "7x7x256", "14x14x128", "28x28x64", "28x28x32", "28x28x1"],  # 12544 = 7x7x256
 }
 
 
-def small_problem(out, seed=0):
-    """Definitions with a small data set in place: digits, few samples for the scores, no test images."""
-    notebook = load_definitions("hw5_gan", OUT=str(out), DATA="demo", SEED=seed)
-    data = notebook["load_data"]("MNIST")
-    notebook.update(OUT=str(out), N_QUALITY=500, x_train=data.x_train[:N_TRAIN], y_train=data.y_train[:N_TRAIN])
-    notebook.update(data=SimpleNamespace(blobs=data.blobs, mode="demo"), AVERAGE_EVERY=2)
+def small_problem(out):
+    """Definitions with a small data set in place: digits."""
+    nb = load_module("hw5_gan", OUT=str(out), DATA="demo", EPOCHS=EPOCHS, STEPS=8, RULER_STEPS=40)
+    digits = nb.load_mnist()
+    nb.data = SimpleNamespace(split="demo", label="", blobs={}, out=Path(out))
+    nb.x_train, nb.x_pool, nb.y_pool = nb.to_input(digits.x_train[:192]), nb.to_input(digits.x_pool), digits.y_pool
+    nb.x_val, nb.y_val = nb.to_input(digits.x_val), digits.y_val
+    nb.x_test, nb.y_test = nb.to_input(digits.x_test), digits.y_test
     torch.manual_seed(0)
-    classifier = notebook["Classifier"]().to(notebook["DEVICE"]).eval()
-    notebook.update(classifier=classifier)
-    notebook["train_features"] = notebook["classify"](classifier, notebook["to_input"](data.x_train[:500]))[0]
-    return notebook
+    nb.ruler = nb.new_classifier().to(nb.DEVICE).eval()
+    return nb
 
 
 @pytest.fixture(scope="module")
-def notebook(tmp_path_factory):
+def nb(tmp_path_factory):
     return small_problem(tmp_path_factory.mktemp("out"))
 
 
-def players_of(notebook):
-    """Players, with plain gradient ascent for the discriminator and descent for the generator."""
-    networks = notebook["Generator"]().to(notebook["DEVICE"]), notebook["Discriminator"]().to(notebook["DEVICE"])
-    return networks, [torch.optim.SGD(n.parameters(), lr=0.1, maximize=n is networks[1]) for n in networks]
+# The networks and the loss
 
 
-def batch_of(notebook, n=16):
-    x = notebook["to_input"](notebook["x_train"][:n])
-    return x, torch.randn(n, 100, device=notebook["DEVICE"])
+@pytest.mark.parametrize("name", FIGURE_1)
+def test_every_shape_of_figure_1(nb, name):
+    network, x = {
+        "discriminator": (nb.new_discriminator(), torch.zeros(2, 1, 28, 28)),
+        "generator": (nb.new_generator(), torch.zeros(2, 100)),
+    }[name]
+    shapes = []
+    for layer in network:
+        x = layer(x)
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Unflatten)):
+            shapes.append("x".join(map(str, (*x.shape[2:], x.shape[1]))))
+    assert shapes == FIGURE_1[name]
 
 
-@pytest.mark.parametrize(("name", "size"), [("Discriminator", (1, 1, 28, 28)), ("Generator", (1, 100))])
-def test_every_shape_of_figure_1(notebook, name, size):
-    rows = notebook["layer_shapes"](notebook[name](), torch.zeros(size))
-    assert [shape for _, shape, _ in rows] == FIGURE_1[name] == notebook["FIGURE_1"][name.lower()]
-    assert {layer for layer, _, _ in rows[1:]} <= {"Conv2d", "ConvTranspose2d", "Linear"}
-    parameters = sum(p.numel() for p in notebook[name]().parameters())
-    assert sum(count for _, _, count in rows) == parameters
+def test_weights_start_as_in_the_dcgan_paper(nb):
+    for network in nb.new_gan(seed=0):
+        for layer in network:
+            if isinstance(layer, nn.BatchNorm2d):
+                assert (layer.weight == 1).all()
+            elif hasattr(layer, "weight") and layer.weight.numel() > 1000:
+                assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
+                assert abs(layer.weight.mean().item()) < 0.002
 
 
-def test_the_probe_sees_8192_features_and_only_the_last_layer_is_gone(notebook):
-    discriminator = notebook["Discriminator"]().to(notebook["DEVICE"])
-    codes = notebook["backbone_features"](discriminator, notebook["x_train"][:7])
-    assert codes.shape == (7, 8192)
-    with torch.no_grad():
-        logits = discriminator.eval()(notebook["to_input"](notebook["x_train"][:7]))
-        rest = torch.tensor(codes).to(logits.device) @ discriminator.linear.weight.T + discriminator.linear.bias
-    torch.testing.assert_close(rest, logits)
-    assert discriminator.linear.weight.shape == (1, 8192)
-
-
-def test_loss_in_logits_is_the_formula_in_probabilities(notebook):
+def test_loss_in_logits_is_the_formula_in_probabilities(nb):
     real, fake = torch.randn(2, 1000, 1, dtype=torch.float64) * 3
     d_real, d_fake = 1 / (1 + torch.exp(-real)), 1 / (1 + torch.exp(-fake))
-    terms = notebook["minimax_terms"](real, fake)
-    torch.testing.assert_close(terms[0], d_real.log().mean())
-    torch.testing.assert_close(terms[1], (1 - d_fake).log().mean())
+    real_term, fake_term = nb.minimax_terms(real, fake)
+    torch.testing.assert_close(real_term, d_real.log().mean())
+    torch.testing.assert_close(fake_term, (1 - d_fake).log().mean())
     huge = torch.tensor([[1000.0], [-1000.0]])
-    assert all(math.isfinite(term) for term in notebook["minimax_terms"](huge, huge))
-    assert sum(notebook["minimax_terms"](torch.zeros(1), torch.zeros(1))).item() == pytest.approx(-math.log(4))
+    assert all(math.isfinite(term) for term in nb.minimax_terms(huge, huge))
+    assert sum(nb.minimax_terms(torch.zeros(1), torch.zeros(1))).item() == pytest.approx(-math.log(4))
 
 
-def test_losses_are_the_assignments(notebook):
-    players, _ = players_of(notebook)
-    generator, discriminator = players
-    x, z = batch_of(notebook)
-    notebook["PRECISION"] = "fp32"
-    for module in discriminator.modules():
-        if isinstance(module, torch.nn.Dropout2d):
-            module.p = 0.0  # so that the same pass can be done twice
-    value, non_saturating, log = notebook["play"](players, x, z)
-    d_real, d_fake = torch.sigmoid(discriminator(x)), torch.sigmoid(discriminator(generator(z)))
-    torch.testing.assert_close(value, d_real.log().mean() + (1 - d_fake).log().mean())
-    torch.testing.assert_close(non_saturating, -d_fake.log().mean())
-    torch.testing.assert_close(log[:2].sum(), value)
-    torch.testing.assert_close(log[2:], torch.stack([d_real.mean(), d_fake.mean()]))
+def test_the_generators_gradient_is_weighed_by_d_of_g_of_z(nb):
+    """As the discussion says: the derivative of log(1 - D) by the logit is -D, so what D recognises pulls least."""
+    fake = torch.linspace(-6, 6, 50, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(50 * nb.minimax_terms(torch.zeros(50), fake)[1], fake)
+    torch.testing.assert_close(gradient, -torch.sigmoid(fake).detach())
 
 
-def test_the_assignments_loss_is_the_default(notebook):
-    assert notebook["LOSS"] == "minimax"
-    assert inspect.signature(notebook["fit"]).parameters["loss"].default == "minimax"
-    assert notebook["DROPOUT"] > 0
+# Training
 
 
-def test_learning_rate_and_dropout_fade_together(notebook, tmp_path):
-    fade = [notebook["fade"](epoch) for epoch in range(1, notebook["EPOCHS"] + 1)]
-    half = notebook["EPOCHS"] // 2
-    assert fade[:half] == [1] * half
-    np.testing.assert_allclose(np.diff(fade[half:]), -2 / notebook["EPOCHS"])
-    assert 0 < fade[-1] <= 1 / notebook["EPOCHS"] + 1e-9
-    small, used = small_problem(tmp_path), []
+def step_once(nb, monkeypatch):
+    """fit() with one step of plain gradient ascent and descent. Returns the players before and after."""
+    rates = {}
 
-    def spy(players, optimizers, average, x, loss, lr, dropout):
-        blocks = train_epoch(players, optimizers, average, x, loss, lr, dropout)
-        rates = {layer.p for layer in players[1].modules() if isinstance(layer, torch.nn.Dropout2d)}
-        used.append(({o.param_groups[0]["lr"] for o in optimizers}, rates))
-        return blocks
+    def sgd(parameters, betas, fused, maximize=False):
+        rates["maximize" if maximize else "minimize"] = maximize
+        return torch.optim.SGD(parameters, maximize=maximize)
 
-    train_epoch, small["train_epoch"], small["EPOCHS"] = small["train_epoch"], spy, 2
-    small["fit"]("dcgan", 2)
-    start = small["LEARNING_RATE"], small["DROPOUT"]
-    assert used == [tuple({rate * small["fade"](epoch)} for rate in start) for epoch in (1, 2)]
-
-
-@pytest.mark.parametrize("loss", ["minimax", "non-saturating"])
-def test_each_player_steps_along_its_own_gradient_only(notebook, loss):
-    """One plain step against gradients by a separate autograd.grad for each player, from the same forward pass."""
-    players, optimizers = players_of(notebook)
-    x, z = batch_of(notebook)
-    notebook["PRECISION"] = "fp32"
-    before = [[p.detach().clone() for p in player.parameters()] for player in players]
-    twins = copy.deepcopy(players)
-    torch.manual_seed(5)
-    value, non_saturating, _ = notebook["play"](twins, x, z)
-    loss_g = value if loss == "minimax" else non_saturating
-    gradients_g = torch.autograd.grad(loss_g, list(twins[0].parameters()), retain_graph=True)
-    gradients_d = torch.autograd.grad(value, list(twins[1].parameters()))
-    torch.manual_seed(5)
-    notebook["train_step"](players, optimizers, x, z, loss)
-    for player, old, gradients, rate in zip(players, before, (gradients_g, gradients_d), (-0.1, 0.1)):
-        for p, p_old, gradient in zip(player.parameters(), old, gradients):
-            torch.testing.assert_close(p.detach(), p_old + rate * gradient, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(torch.optim, "Adam", sgd)
+    monkeypatch.setattr(nb, "score", lambda *_: {})
+    monkeypatch.setattr(nb, "BF16", False)
+    monkeypatch.setattr(nb, "LEARNING_RATE", 0.1)
+    monkeypatch.setattr(nb, "x_train", nb.x_train[: nb.BATCH])
+    monkeypatch.setattr(nb, "epochs", lambda *_, **__: [1])
+    players = nb.new_gan(seed=0)
+    before = copy.deepcopy(players)
+    nb.fit("toy", *players, seed=3, length=1, dropout=0.0)
+    return before, players, rates
 
 
-def test_only_the_discriminator_climbs(notebook):
-    _, (optimizer_g, optimizer_d), _ = notebook["make_players"](0.1)
-    assert not optimizer_g.defaults["maximize"]
-    assert optimizer_d.defaults["maximize"]
+def test_each_player_steps_along_its_own_gradient_only(nb, monkeypatch):
+    """One plain step against gradients by a separate autograd.grad for each player."""
+    (generator, discriminator), players, rates = step_once(nb, monkeypatch)
+    assert rates == {"maximize": True, "minimize": False}
+    torch.manual_seed(3)
+    rows = torch.randperm(nb.BATCH)
+    z = torch.randn(nb.BATCH, 100)
+    for layer in discriminator:
+        if isinstance(layer, nn.Dropout2d):
+            layer.p = 0.0
+    real, fake = discriminator.train()(nb.x_train[rows]), discriminator(generator.train()(z))
+    value = torch.sigmoid(real).log().mean() + (1 - torch.sigmoid(fake)).log().mean()
+    climb = torch.autograd.grad(value, list(discriminator.parameters()), retain_graph=True)
+    descend = torch.autograd.grad(value, list(generator.parameters()))
+    for before, after, gradients, sign in (
+        (discriminator, players[1], climb, 1),
+        (generator, players[0], descend, -1),
+    ):
+        for p, q, gradient in zip(before.parameters(), after.parameters(), gradients):
+            torch.testing.assert_close(q, p + sign * 0.1 * gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_average_follows_the_weights_and_gets_its_own_batch_norm_statistics(notebook):
-    generator = notebook["Generator"]().to(notebook["DEVICE"])
-    average = notebook["AveragedModel"](generator, multi_avg_fn=notebook["get_ema_multi_avg_fn"](0.9))
-    expected = None
-    for step in range(4):
-        with torch.no_grad():
-            generator.linear.weight.add_(1.0)
-        average.update_parameters(generator)
-        now = generator.linear.weight.detach()
-        expected = now.clone() if step == 0 else 0.9 * expected + 0.1 * now
-    torch.testing.assert_close(average.module.linear.weight.detach(), expected)
-    notebook["PRECISION"] = "fp32"
-    ready = notebook["averaged_generator"](average)
-    assert not ready.training
-    torch.testing.assert_close(ready.linear.weight.detach(), expected)
-    batches = notebook["draw_z"](2000, seed=2).split(500)
-    maps = [(z @ expected.T).view(-1, 256, 49).transpose(0, 1).flatten(1) for z in batches]
-    for statistic, values in ("mean", [m.mean(1) for m in maps]), ("var", [m.var(1) for m in maps]):
-        expected = torch.stack(values).mean(0)
-        torch.testing.assert_close(getattr(ready.layers[0], f"running_{statistic}"), expected, rtol=1e-3, atol=1e-3)
-    assert torch.equal(average.module.layers[0].running_mean, torch.zeros_like(ready.layers[0].running_mean))
+def test_learning_rate_and_dropout_are_constant_then_fall_to_zero(tmp_path, monkeypatch):
+    nb, seen = small_problem(tmp_path), []
+    adam = torch.optim.Adam.step
+
+    def spy(optimizer, *args):
+        rates = {layer.p for layer in discriminator if isinstance(layer, nn.Dropout2d)}
+        seen.append((optimizer.param_groups[0]["lr"] / nb.LEARNING_RATE, rates.pop() / nb.DROPOUT, len(rates)))
+        return adam(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    monkeypatch.setattr(nb, "score", lambda *_: {})
+    generator, discriminator = nb.new_gan(seed=0)
+    nb.fit("toy", generator, discriminator, seed=0, length=2)
+    steps = len(seen) // 2  # of two players
+    expected = np.minimum(1, 2 * (1 - np.arange(steps) / steps)).repeat(2)
+    np.testing.assert_allclose([row[0] for row in seen], expected)
+    np.testing.assert_allclose([row[1] for row in seen], expected)
+    assert not any(row[2] for row in seen)
 
 
-def test_samples_do_not_depend_on_their_company(notebook):
-    """In evaluation mode, batch normalisation uses its running statistics, and Dropout is off."""
-    generator = notebook["Generator"]().to(notebook["DEVICE"]).train()
-    z = notebook["draw_z"](20, seed=0)
-    notebook["PRECISION"] = "fp32"
-    together, alone = notebook["generate"](generator, z), notebook["generate"](generator, z[:1])
-    assert not generator.training
-    torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
-    discriminator = notebook["Discriminator"]().to(notebook["DEVICE"]).train()
-    codes = notebook["backbone_features"](discriminator, notebook["x_train"][:20])
-    np.testing.assert_allclose(
-        notebook["backbone_features"](discriminator, notebook["x_train"][:1]), codes[:1], atol=1e-5
-    )
-
-
-def test_frechet_distance_against_scipy(notebook):
-    rng = np.random.default_rng(0)
-    a = rng.normal(size=(3000, 8)) @ rng.normal(size=(8, 8))
-    b = rng.normal(size=(2000, 8)) @ rng.normal(size=(8, 8)) + 0.5
-    root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
-    assert notebook["frechet_distance"](torch.tensor(a), torch.tensor(b)) == pytest.approx(expected, rel=1e-6)
-    assert notebook["frechet_distance"](torch.tensor(a), torch.tensor(a)) == pytest.approx(0, abs=1e-6)
-
-
-def test_manifold_share_against_loops(notebook):
-    rng = np.random.default_rng(0)
-    points, queries = rng.normal(size=(60, 3)), rng.normal(size=(50, 3)) * 1.5
-    inside = 0
-    for query in queries:
-        for i, point in enumerate(points):
-            radius = sorted(np.linalg.norm(point - other) for j, other in enumerate(points) if j != i)[2]
-            if np.linalg.norm(query - point) <= radius:
-                inside += 1
-                break
-    share = notebook["manifold_share"](torch.tensor(points), torch.tensor(queries))
-    assert 0 < inside < 50
-    assert share == pytest.approx(inside / 50)
-
-
-def test_confident_share_counts_from_95_percent(notebook):
-    rows = torch.tensor([[0.96, 0.04], [0.04, 0.96], [0.5, 0.5], [0.94, 0.06]])
-    assert notebook["confident_share"](rows) == 0.5
-
-
-def test_interpolation_keeps_its_ends_and_length(notebook):
-    a, b = torch.nn.functional.normalize(torch.randn(2, 3, 100), dim=2) * 10
-    path = notebook["interpolate"](a, b, 5).view(3, 5, 100)
-    torch.testing.assert_close(path[:, 0], a)
-    torch.testing.assert_close(path[:, -1], b)
-    torch.testing.assert_close(path.norm(dim=2), torch.full((3, 5), 10.0))
-    steps = (path[:, 1:] - path[:, :-1]).norm(dim=2)
-    torch.testing.assert_close(steps, steps[:, :1].expand(-1, 4), rtol=1e-3, atol=1e-4)
-
-
-def test_the_labelled_tenth_is_exact_and_stratified(notebook):
-    y = torch.arange(10).repeat(6000)[torch.randperm(60000)]
-    rows = notebook["labelled_rows"](y, 0.1, 0)
-    assert len(set(rows)) == 6000
-    assert torch.bincount(y[rows]).tolist() == [600] * 10
-    assert np.array_equal(rows, notebook["labelled_rows"](y, 0.1, 0))
-    assert not np.array_equal(rows, notebook["labelled_rows"](y, 0.1, 1))
-    assert np.array_equal(notebook["labelled_rows"](y, 1, 0), np.arange(60000))
-
-
-def test_no_test_image_reaches_the_probe_before_it_is_scored(notebook):
-    """The layers are the same whatever the test images are, and the backbone is left as it was."""
-    discriminator = notebook["Discriminator"]().to(notebook["DEVICE"])
-    before = copy.deepcopy(discriminator.state_dict())
-    x, y = notebook["x_train"].repeat(2, 1, 1), notebook["y_train"].repeat(2).cpu().numpy()
-    codes = notebook["backbone_features"](discriminator, x)[:, :50]
-    tests = codes[:9], np.full((9, 50), 1e3)
-    results = [notebook["probe_draws"](codes.__getitem__, y, test, y[:9]) for test in tests]
-    (C, layers, train, _), (other_C, others, other_train, _) = results
-    assert (C, train) == (other_C, other_train)
-    for a, b in zip(layers, others):
-        assert np.array_equal(a[-1].coef_, b[-1].coef_)
-    assert len(layers) == 5
-    assert layers[0][-1].coef_.shape == (10, 50)
-    assert all(torch.equal(value, before[key]) for key, value in discriminator.state_dict().items())
-
-
-def test_probe_is_logistic_regression_on_standardised_features(notebook):
-    """Scaling in pieces changes nothing."""
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(5, 3, (2500, 20)).astype(np.float32) ** 2, rng.integers(0, 10, 2500)
-    layer = notebook["linear_layer"](x, y, C=0.1)
-    expected = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(x, y)
-    np.testing.assert_allclose(layer.decision_function(x), expected.decision_function(x), atol=1e-3)
-
-
-def test_penalty_is_chosen_on_the_images_left_out(notebook):
-    """By hand, on features that overfit; and of penalties that are equally good, the stronger one."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 400)
-    features = np.eye(3)[labels] @ rng.normal(size=(3, 150)) * 0.3 + rng.normal(size=(400, 150))
-    rows = train_test_split(np.arange(400), test_size=0.2, stratify=labels, random_state=notebook["SEED"])
-    (x, x_val), (y, y_val) = ([part[r] for r in rows] for part in (features, labels))
-    mean, std = x.mean(0), x.std(0)
-    models = [LogisticRegression(C=C, max_iter=1000).fit((x - mean) / std, y) for C in notebook["PENALTIES"]]
-    scores = [(model.predict((x_val - mean) / std) == y_val).mean() for model in models]
-    assert len(set(scores)) > 1
-    assert notebook["choose_penalty"](features, labels) == notebook["PENALTIES"][int(np.argmax(scores))]
-    assert notebook["choose_penalty"](np.zeros((400, 5)), labels) == notebook["PENALTIES"][0]
-
-
-def test_training_touches_the_train_split_only(notebook):
-    """fit and what it calls know no test image: they work where there is none."""
-    assert not {"x_test", "y_test", "test_features"} & notebook.keys()
-    for name in ("fit", "train_epoch", "train_step", "play", "score", "averaged_generator", "generate"):
-        assert not [used for used in notebook[name].__code__.co_names if "test" in used]
-
-
-def fit_small(out, epochs=3):
+def fit_small(out):
     """Train a small GAN in `out`; returns its weights and history."""
-    notebook = small_problem(out)
-    generator, average, discriminator, history = notebook["fit"]("dcgan", epochs)
-    return {"g": generator.state_dict(), "e": average.state_dict(), "d": discriminator.state_dict()}, history
+    nb = small_problem(out)
+    generator, discriminator = nb.new_gan(seed=0)
+    history = nb.fit("toy", generator, discriminator, seed=0)
+    return {**generator.state_dict(), **{f"d{k}": v for k, v in discriminator.state_dict().items()}}, history
 
 
 def same(a, b):
-    weights = all(torch.equal(a[0][net][key], b[0][net][key]) for net in a[0] for key in a[0][net])
-    samples = all(torch.equal(x["samples"], y["samples"]) for x, y in zip(a[1], b[1]))
-    numbers = [[{k: v for k, v in row.items() if k != "samples"} for row in history] for history in (a[1], b[1])]
-    return weights and samples and numbers[0] == numbers[1]
+    return a[1] == b[1] and all(torch.equal(value, b[0][key]) for key, value in a[0].items())
 
 
 @pytest.fixture(scope="module")
@@ -306,71 +168,294 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(uninterrupted, tmp_path):
-    assert 1 <= kill_in_training("test_gan", tmp_path, "dcgan") < 3
+    assert 1 <= kill_in_training("test_gan", tmp_path, "hw5_gan/toy") < EPOCHS
     assert same(fit_small(tmp_path), uninterrupted)
-    FAULTS["SIGKILL in training (GAN)"] = "the next run goes on where it was, to the same numbers"
 
 
-def test_training_moves_both_players_and_logs_what_it_says(uninterrupted):
+def test_history_has_the_means_over_each_epoch_and_the_scores(nb, uninterrupted):
     _, history = uninterrupted
-    blocks = np.concatenate([row["blocks"] for row in history])
-    assert blocks.shape == (3, 4)
-    assert (blocks[:, :2] < 0).all()
-    assert ((blocks[:, 2:] > 0) & (blocks[:, 2:] < 1)).all()
-    assert history[-1]["samples"].shape == (10, 28, 28)
-    assert not torch.equal(history[0]["samples"], history[-1]["samples"])
+    assert [row["epoch"] for row in history] == list(range(1, EPOCHS + 1))
+    for row in history:
+        assert row["log D(x)"] < 0 > row["log(1 - D(G(z)))"]
+        assert 0 < row["D(x)"] < 1 > row["D(G(z))"] > 0
+        assert 0 <= row["confident share"] <= 1 >= row["probe"] > 0.5
+    assert [*history[0]][1:5] == nb.LOGGED
 
 
-def test_divergence_stops_with_a_message_and_keeps_the_last_state(tmp_path):
-    notebook = small_problem(tmp_path)
-    poison_training(notebook, after=4)
-    with refused(
-        "training diverges (GAN)", FloatingPointError, r"dcgan: training broke down in epoch 2 .*epoch 1 is kept"
-    ):
-        notebook["fit"]("dcgan", 3)
-    assert len(notebook["load_state"](tmp_path / "state" / "dcgan.pt")["history"]) == 1
+def test_a_discriminator_that_wins_stops_the_training(tmp_path, monkeypatch):
+    nb = small_problem(tmp_path)
+    monkeypatch.setattr(nb, "score", lambda *_: {})
+    generator, discriminator = nb.new_gan(seed=0)
+    nn.init.constant_(discriminator[-1].bias, 0.0)
+    monkeypatch.setattr(nb, "minimax_terms", lambda real, fake: (0 * real.mean(), 0 * fake.mean()))
+    with pytest.raises(FloatingPointError, match="toy: the discriminator won by epoch 2"):
+        nb.fit("toy", generator, discriminator, seed=0)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_and_choice_see_no_test_image(tmp_path):
+    nb = small_problem(tmp_path)
+    del nb.x_test, nb.y_test
+    generator, discriminator = nb.new_gan(seed=0)
+    assert len(nb.fit("toy", generator, discriminator, seed=0, length=1)) == 1
+
+
+# Data and rulers
+
+
+def test_pool_and_validation_are_the_training_images_stratified(nb):
+    data = nb.load_mnist()
+    assert len(data.x_val) == len(data.x_train) // 6
+    together = torch.cat([data.x_pool, data.x_val]).flatten(1).tolist()
+    assert sorted(together) == sorted(data.x_train.flatten(1).tolist())
+    shares = [torch.bincount(y) / len(y) for y in (data.y_val, data.y_train)]
+    assert (shares[0] - shares[1]).abs().max() < 0.01
+
+
+def test_draws_are_stratified_and_seeded(nb):
+    rows = nb.draw_rows(250, seed=0)
+    assert len({*rows}) == 250
+    shares = [torch.bincount(y, minlength=10) / len(y) for y in (nb.y_pool[rows], nb.y_pool)]
+    assert (shares[0] - shares[1]).abs().max() < 0.01
+    assert np.array_equal(rows, nb.draw_rows(250, seed=0))
+    assert not np.array_equal(rows, nb.draw_rows(250, seed=1))
+    assert sorted(nb.y_pool[nb.draw_rows(3, seed=0)].tolist()) == list(range(10))  # at least one of each
+
+
+def test_frechet_distance_against_scipy(nb):
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(3000, 8)) @ rng.normal(size=(8, 8))
+    b = rng.normal(size=(2000, 8)) @ rng.normal(size=(8, 8)) + 0.5
+    root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+    assert nb.frechet_distance(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected, rel=1e-6)
+    assert nb.frechet_distance(torch.tensor(a), torch.tensor(a)) == pytest.approx(0, abs=1e-6)
+
+
+def test_density_and_coverage_against_loops(nb):
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(60, 3)), rng.normal(size=(50, 3)) * 1.5
+    inside = np.zeros((50, 60), bool)
+    for j, point in enumerate(real):
+        radius = sorted(np.linalg.norm(point - other) for i, other in enumerate(real) if i != j)[4]
+        inside[:, j] = [np.linalg.norm(sample - point) < radius for sample in fake]
+    density, coverage = nb.density_and_coverage(torch.tensor(real), torch.tensor(fake))
+    assert density == pytest.approx(inside.sum(1).mean() / 5)
+    assert coverage == pytest.approx(inside.any(0).mean())
+    assert 0 < coverage < 1
+    assert nb.density_and_coverage(torch.tensor(real), torch.tensor(fake) + 100) == (0, 0)
+
+
+def test_measure_counts_what_is_confidently_a_digit(nb, monkeypatch):
+    """A ruler that reads its answer off the first pixels."""
+
+    class Ruler(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x)
+
+    ruler = Ruler(nn.Flatten(), nn.Linear(784, 10, bias=False))
+    with torch.no_grad():
+        ruler[1].weight.copy_(torch.eye(10, 784))
+    monkeypatch.setattr(nb, "ruler", ruler)
+    images = torch.full((40, 1, 28, 28), -1.0) + 0.01 * torch.randn(40, 1, 28, 28)
+    for row in range(40):
+        images[row, 0, 0, row % 4] = 4.3 if row % 2 else 2  # e^5.3 : 9 is more, e^3 : 9 less than 0.95 : 0.05
+    found = nb.measure(images, images)
+    assert found["confident_share"] == 0.5
+    assert (found["digit_share_min"], found["digit_share_max"]) == (0, 0.25)
+    assert found["frechet"] == pytest.approx(0, abs=1e-6)
+
+
+def test_two_sample_test_sees_a_difference_only_where_there_is_one(nb, monkeypatch):
+    monkeypatch.setattr(nb, "STEPS", 60)
+    halves = nb.x_pool[:1200].chunk(2)
+    assert nb.two_sample_test(*halves) == pytest.approx(0.5, abs=0.1)
+    assert nb.two_sample_test(halves[0], -halves[1]) > 0.95
+
+
+def test_shifted_images_are_all_of_the_25_and_no_others(nb):
+    image = nb.x_pool[:1]
+    moved = nb.shifted(image.expand(2000, -1, -1, -1))
+    padded = np.pad(image[0, 0].numpy(), nb.SHIFT, constant_values=-1)
+    expected = {padded[i : i + 28, j : j + 28].tobytes() for i, j in itertools.product(range(5), repeat=2)}
+    assert {one[0].numpy().tobytes() for one in moved} == expected
+
+
+def test_interpolation_keeps_its_ends_and_length(nb):
+    a, b = torch.nn.functional.normalize(torch.randn(2, 3, 100), dim=2) * 10
+    path = nb.interpolate(a, b, 5).view(3, 5, 100)
+    torch.testing.assert_close(path[:, 0], a)
+    torch.testing.assert_close(path[:, -1], b)
+    torch.testing.assert_close(path.norm(dim=2), torch.full((3, 5), 10.0))
+    steps = (path[:, 1:] - path[:, :-1]).norm(dim=2)
+    torch.testing.assert_close(steps, steps[:, :1].expand(-1, 4), rtol=1e-3, atol=1e-4)
+
+
+def test_nearest_against_loops(nb):
+    points, queries = nb.x_pool[:40], nb.x_val[:5]
+    distances, rows = nb.nearest(points, queries)
+    for query, distance, row in zip(queries, distances, rows):
+        all_of_them = [(((query - point) / 2) ** 2).sum().item() ** 0.5 for point in points]
+        assert distance == pytest.approx(min(all_of_them), rel=1e-4)
+        assert row == int(np.argmin(all_of_them))
+
+
+# What the features know
+
+
+def test_features_are_what_the_last_layer_sees_alone_or_in_company(nb):
+    _, discriminator = nb.new_gan(seed=0)
+    features = nb.codes(discriminator[:-1], nb.x_val[:20])
+    assert features.shape == (20, 8192)
+    last = discriminator[-1]
+    logits = features @ last.weight.detach().numpy().T + last.bias.detach().numpy()
+    np.testing.assert_allclose(logits, nb.infer(discriminator, nb.x_val[:20]).numpy(), atol=1e-4)
+    np.testing.assert_allclose(nb.codes(discriminator[:-1], nb.x_val[:1]), features[:1], atol=1e-4)
+
+
+def test_linear_layer_is_logistic_regression_on_standardised_features(nb):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(5, 3, (500, 20)) ** 2, rng.integers(0, 10, 500)
+    expected = LogisticRegression(C=0.1, max_iter=1000).fit((x - x.mean(0)) / x.std(0), y)
+    found = nb.linear_layer(x, y, C=0.1)
+    np.testing.assert_allclose(found[-1].coef_, expected.coef_, atol=1e-3)
+    scores = found[-1].coef_ @ ((x - x.mean(0)) / x.std(0)).T + found[-1].intercept_[:, None]  # one affine map
+    assert np.array_equal(found.predict(x), scores.argmax(0))
+
+
+def test_settings_are_chosen_by_the_first_draws_validation_accuracy_alone(nb):
+    """Methods whose test accuracy contradicts: right on share of the images, as the setting says."""
+    asked = []
+
+    def learn(x, y, draw, val, test):
+        asked.append((draw, val, len(x)))
+
+        def classify(images):
+            known = {id(nb.x_val): (nb.y_val, val), id(nb.x_test): (nb.y_test, test)}
+            labels, share = known.get(id(images), (y, 1.0))
+            answer = labels.clone()
+            answer[round(share * len(answer)) :] += 1
+            return answer
+
+        return classify
+
+    settings = [{"val": 0.5, "test": 0.9}, {"val": 0.8, "test": 0.2}, {"val": 0.8, "test": 0.7}]
+    found = nb.study(learn, settings)
+    assert found["setting"] == settings[1]
+    n = round(0.1 * len(nb.x_train))
+    assert asked == [(0, 0.5, n), (0, 0.8, n), (0, 0.8, n), *((draw, 0.8, n) for draw in range(1, nb.DRAWS))]
+    assert found["train"] == [1] * nb.DRAWS
+    np.testing.assert_allclose(found["val"], 0.8, atol=0.01)
+    np.testing.assert_allclose(found["test"], 0.2, atol=0.01)
+
+
+def test_paired_differences_have_the_standard_error_of_the_mean(nb, monkeypatch):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.9, 0.1, (2, 5))
+    monkeypatch.setattr(nb, "METRICS", {"a_draws": a.tolist(), "b_draws": b.tolist()})
+    difference, error = nb.paired("a", "b")
+    assert difference / error == pytest.approx(scipy.stats.ttest_rel(a, b).statistic)
+    assert difference == pytest.approx(100 * (a - b).mean())
+
+
+def test_fine_tuning_starts_from_the_discriminator_and_leaves_it_as_it_is(nb, monkeypatch):
+    _, discriminator = nb.new_gan(seed=0)
+    features, started = discriminator[:-1], []
+    before = copy.deepcopy(features.state_dict())
+
+    def spy(network, *args):
+        started.append(copy.deepcopy(network.state_dict()))
+        return train(network, *args)
+
+    train = nb.train_classifier
+    monkeypatch.setattr(nb, "train_classifier", spy)
+    rows = nb.draw_rows(100, seed=0)
+    for pretrained, same_start in ([features], True), (None, False):
+        classify = nb.end_to_end(pretrained)(nb.x_pool[rows], nb.y_pool[rows], 0, rate=1e-3, dropout=0.2)
+        assert torch.equal(started[-1]["0.weight"], before["0.weight"]) is same_start
+        assert classify(nb.x_val).shape == (len(nb.x_val),)
+    assert all(torch.equal(value, before[key]) for key, value in features.state_dict().items())
+
+
+def test_a_network_learns_its_labels(nb, monkeypatch):
+    monkeypatch.setattr(nb, "STEPS", 60)
+    rows = nb.draw_rows(600, seed=0)
+    classify = nb.end_to_end(shifts=True)(nb.x_pool[rows], nb.y_pool[rows], 0, rate=2e-3, dropout=0.0)
+    assert nb.accuracy(classify, nb.x_val, nb.y_val) > 0.8
+
+
+def test_random_network_has_measured_statistics(nb):
+    network, x = nb.random_network(), nb.x_train
+    for layer in network:
+        if isinstance(layer, nn.BatchNorm2d):
+            values = x.transpose(0, 1).flatten(1)
+            assert torch.corrcoef(torch.stack([layer.running_mean, values.mean(1)]))[0, 1] > 0.95
+            break
+        x = layer(x)
+    assert network[0].weight.std().item() == pytest.approx(math.sqrt(2 / (1 + 0.2**2) / 16), rel=0.1)
+
+
+def test_autoencoder_reconstructs_better_and_is_trained_once(tmp_path):
+    nb = small_problem(tmp_path)
+    features, history = nb.train_autoencoder()
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4][: nb.AUTOENCODER_EPOCHS]
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert nb.train_autoencoder()[0] is features
+    assert not any(p.requires_grad for p in features.parameters())
+
+
+# On a GPU
+
+
+def made_on(device, make):
+    """The function that makes a network on the device, as fake networks cannot be moved there."""
+
+    def made(*args, **options):
+        with device:
+            return make(*args, **options)
+
+    return made
+
+
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_everything_stays_on_a_gpu(tmp_path, precision):
+def test_everything_stays_on_a_gpu(tmp_path, monkeypatch, bf16):
     """What is trained and what is measured, but for the backward pass, which fake tensors cannot do here."""
-    notebook = load_definitions("hw5_gan", OUT=str(tmp_path), PRECISION=precision)
+    nb = small_problem(tmp_path)
+    monkeypatch.setattr(nn.Module, "to", lambda network, *_, **__: network)  # where it is made already
+    monkeypatch.setattr(torch, "bincount", lambda x, minlength: torch.ones(minlength))  # they cannot be counted
     with fake_gpu() as rules:
-        cuda = rules.device
-        notebook.update(DEVICE=cuda, N_QUALITY=500, train_features=torch.zeros(500, 64, dtype=torch.float64))
-        with cuda:
-            players = generator, discriminator = notebook["Generator"](), notebook["Discriminator"]()
-            classifier = notebook["classifier"] = notebook["Classifier"]().eval()
-            y = torch.zeros(128, dtype=torch.int64)
-        x, z = torch.zeros(128, 28, 28, dtype=torch.uint8, device=cuda), notebook["draw_z"](128, seed=0)
-        parts = notebook["play"](players, notebook["to_input"](x), z)
-        assert {part.device.type for part in parts} == {"cuda"}
-        notebook["frechet_distance"] = lambda a, b: (a - b).square().mean().item()  # fake tensors have no covariance
-        assert notebook["score"](generator).keys() == {"confident", "frechet"}
-        images = notebook["generate"](generator, z)
-        assert images.device.type == "cuda"
-        features, probabilities = notebook["classify"](classifier, images)
-        assert {features.device.type, probabilities.device.type} == {"cpu"}
-        assert notebook["accuracy"](classifier, x, y) == 1
-        assert notebook["backbone_features"](discriminator, x).shape == (128, 8192)
-        assert notebook["interpolate"](z, z, 3).device.type == "cuda"
+        nb.DEVICE, nb.BF16, nb.STEPS = rules.device, bf16, 2
+        nb.x_train = nb.x_pool = nb.x_val = nb.x_test = torch.zeros(128, 1, 28, 28, device=rules.device)
+        nb.y_pool = nb.y_val = nb.y_test = torch.zeros(128, dtype=torch.int64, device=rules.device)
+        for name in "new_classifier", "new_generator", "new_discriminator":
+            setattr(nb, name, made_on(rules.device, getattr(nb, name)))
+        nb.ruler, generator, discriminator = nb.new_classifier().eval(), nb.new_generator(), nb.new_discriminator()
+        nb.epochs = lambda *args, **options: [1]
+        nb.frechet_distance = lambda a, b: (a - b).square().mean().item()  # nor have a covariance
+        nb.density_and_coverage = lambda real, fake: (1.0, 1.0)
+        nb.draw_rows = lambda *args, **options: np.arange(10)
+        nb.linear_layer = lambda x, y, C: SimpleNamespace(score=lambda x, y: 1.0)
+        assert nb.fit("toy", generator, discriminator, 0, length=1)[0]["probe"] == 1
+        z = nb.draw_z(128, seed=0)
+        images = nb.infer(generator, z)
+        assert images.device.type == nb.interpolate(z, z, 3).device.type == nb.shifted(images).device.type == "cuda"
+        assert nb.two_sample_test(images, nb.x_test) == 1
+        assert nb.end_to_end()(nb.x_pool, nb.y_pool, 0, 1e-3, 0.2)(nb.x_val).device.type == "cpu"
         with pytest.raises(RuntimeError, match="device"):
-            notebook["play"](players, notebook["to_input"](x.to("cpu")), z)
+            discriminator(nb.x_val.to("cpu"))
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_no_step_of_training_waits_for_a_copy(tmp_path):
-    """Of an epoch on a GPU only the log is copied, and in each update of the average torch's count of them."""
-    notebook, copies = load_definitions("hw5_gan", OUT=str(tmp_path)), []
+    """Of an epoch on a GPU only the log is copied, however many steps it has."""
+    nb, copies = small_problem(tmp_path), []
+    nb.epochs, nb.score = lambda *args, **options: [1], lambda *args: {}
     with fake_gpu() as rules:
-        notebook["DEVICE"] = rules.device
-        with rules.device:
-            players = notebook["Generator"](), notebook["Discriminator"]()
-        optimizers = [torch.optim.Adam(player.parameters(), fused=True) for player in players]
-        average = notebook["AveragedModel"](players[0], multi_avg_fn=notebook["get_ema_multi_avg_fn"]())
-        for steps in (1, notebook["AVERAGE_EVERY"]):
-            x, before = torch.zeros(64 * steps, 28, 28, dtype=torch.uint8, device=rules.device), rules.copies
-            notebook["train_epoch"](players, optimizers, average, x, "minimax", 5e-4, 0.2)
+        nb.DEVICE = rules.device
+        for steps in (1, 4):
+            with rules.device:
+                players = nb.new_generator(), nb.new_discriminator()
+            nb.x_train, before = torch.zeros(steps * nb.BATCH, 1, 28, 28, device=rules.device), rules.copies
+            nb.fit("toy", *players, 0, length=1)
             copies.append(rules.copies - before)
-    assert copies == [4, 5]  # the log has four numbers
+    assert copies[0] == copies[1]

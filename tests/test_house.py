@@ -8,13 +8,12 @@ import sys
 
 import nbformat
 import pytest
-from conftest import NOTEBOOKS, REBUILT, ROOT, cells
+from conftest import NOTEBOOKS, ROOT, cells
 
 
-@pytest.mark.parametrize(("generation", "number"), [(REBUILT, 3), (sorted({*NOTEBOOKS} - {*REBUILT}), 6)])
-def test_shared_cells_are_identical(generation, number):
-    shared = {tuple(cells(notebook, "shared")) for notebook in generation}
-    assert [len(sources) for sources in shared] == [number]
+def test_shared_cells_are_identical():
+    shared = {tuple(cells(notebook, "shared")) for notebook in NOTEBOOKS}
+    assert [len(sources) for sources in shared] == [3]
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)

@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from conftest import NOTEBOOKS, REBUILT, ROOT, read_metrics, run_notebook
+from conftest import NOTEBOOKS, ROOT, read_metrics, run_notebook
 
 QUICK = {  # parameters of a demo run that is as short as it can be
-    "hw5_gan": {"EPOCHS": 2, "SEEDS": 2},
+    "hw5_gan": {"EPOCHS": 2, "RUNS": 2, "DRAWS": 2, "STEPS": 10, "RULER_STEPS": 60, "AUTOENCODER_EPOCHS": 1},
     "hw5_rbm": {"EPOCHS": 2, "RUNS": 2, "AIS_STEPS": 20, "SWEEPS": 20, "CHAIN_LENGTH": 20},
     "hw5_vae": {"EPOCHS": 10, "RUNS": 2, "GAP_STEPS": 5, "IWAE_SAMPLES": 20},
 }
-OF_THE_MACHINE = {"device", "training_precision", "versions", "seconds_total", "peak_memory_mb"}
+OF_THE_MACHINE = {"device", "training_precision", "versions", "seconds_total"}
 
 
 # Tests of one demo run stay in one of the parallel processes.
@@ -33,6 +33,8 @@ def tolerance(key, expected, beside, rel):
         return {"rel": 0.05, "abs": 0.03}
     if any(part in key for part in ("obeyed", "recognised", "mlp", "information", "class_kl", "rest_of_kl")):
         return {"abs": 0.2 if "by_class" in key else 0.05}  # of small classifiers trained anew
+    if key.endswith("_by_d"):
+        return {"abs": 0.02}  # shares of a thousand images, in an order that hangs on the last bits
     if "variance" in key or "two_draws" in key:
         return {"rel": 0.2}
     return {"rel": rel, "abs": rel}
@@ -93,17 +95,34 @@ def test_committed_metrics_follow_from_the_committed_weights(name, tmp_path, rea
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_metrics_file_is_complete_and_plain(name):
     metrics = json.loads((ROOT / "figures" / f"{name}_metrics.json").read_text())
-    of_the_machine = OF_THE_MACHINE - {"peak_memory_mb"} if name in REBUILT else OF_THE_MACHINE
-    assert {"mode", "split", "data_blobs"} | of_the_machine | REQUIRED[name] <= metrics.keys()
+    assert {"mode", "split", "data_blobs"} | OF_THE_MACHINE | REQUIRED[name] <= metrics.keys()
     assert metrics["mode"] == "full"
     assert metrics["data_blobs"]
 
 
 REQUIRED = {
-    "hw5_gan": {f"probe_{key}" for key in ("test_accuracy_mean", "test_accuracy_std", "train_accuracy_mean")}
-    | {f"{key}_test_accuracy_mean" for key in ("probe_random", "probe_pixels", "supervised")}
-    | {"frechet_test", "frechet_floor", "confident_share", "digit_share_min", "digit_share_max"}
-    | {"precision", "recall", "epochs"},
+    "hw5_gan": {
+        f"{method}_{part}_accuracy_{statistic}"
+        for method in ("probe", "probe_random", "probe_pixels", "probe_autoencoder", "knn_pixels")
+        for part in ("train", "val", "test")
+        for statistic in ("mean", "std")
+    }
+    | {
+        f"{m}{s}_test_accuracy_{k}"
+        for m in ("supervised", "finetuned")
+        for s in ("", "_shifts")
+        for k in ("mean", "std")
+    }
+    | {
+        "frechet_test",
+        "frechet_floor",
+        "confident_share",
+        "digit_share_min",
+        "digit_share_max",
+        "density",
+        "coverage",
+    }
+    | {"two_sample_accuracy", "two_sample_accuracy_floor", "epochs", "runs"},
     "hw5_rbm": {f"m{M}_{key}" for M in (16, 64, 256) for key in ("mse_train", "mse_test", "mse_test_std")}
     | {f"m{M}_{key}" for M in (16, 64, 256) for key in ("bits_mse_test", "mse_test_gibbs5", "pca_mse_test")}
     | {f"m{M}_{key}loglik_test_ais{se}" for M in (64, 256) for key in ("", "persistent_") for se in ("", "_se")}

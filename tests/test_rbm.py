@@ -13,8 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, UNREACHABLE, fake_gpu, kill_in_training, load_module
 from sklearn.decomposition import PCA
-from test_data import FILES, idx_files
-from test_shared import publish
+from test_shared import FILES, idx_files, publish
 
 M, D = 6, 784
 HIDDEN = torch.tensor(list(itertools.product([0.0, 1.0], repeat=M)))

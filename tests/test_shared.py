@@ -14,20 +14,37 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REBUILT, UNREACHABLE, cells, load_module
-from test_data import FILES, idx_files, openml_answer
+from conftest import NOTEBOOKS, UNREACHABLE, cells, load_module
+
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 
 @pytest.fixture
 def nb(tmp_path):
     """Shared and other definitions with an empty data folder."""
-    yield load_module(REBUILT[0], DATA=str(tmp_path / "data"), OUT=str(tmp_path / "out"))
+    yield load_module(NOTEBOOKS[0], DATA=str(tmp_path / "data"), OUT=str(tmp_path / "out"))
     socket.setdefaulttimeout(None)
 
 
 def git_blob(content):
     """Git's id of a file with this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def idx_files(n_train, n_test, seed=0):
+    """The four files of a synthetic data set of random images: {name: bytes}."""
+    rng, files = np.random.default_rng(seed), {}
+    for part, n in (("train", n_train), ("t10k", n_test)):
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        files[f"{part}-images-idx3-ubyte"] = struct.pack(">4i", 2051, n, 28, 28) + images.tobytes()
+        labels = rng.integers(0, 10, n, dtype=np.uint8)
+        files[f"{part}-labels-idx1-ubyte"] = struct.pack(">2i", 2049, n) + labels.tobytes()
+    return files
 
 
 def publish(nb, name, files, there=FILES):
@@ -82,6 +99,13 @@ def test_torchvision_comes_second(nb, monkeypatch):
     assert len(nb.load_data("MNIST").x_train) == 60
     kept = sorted(path.name for path in Path(nb.DATA).rglob("*") if path.is_file())
     assert kept == sorted(FILES)
+
+
+def openml_answer(files):
+    """What fetch_openml returns for the files of a data set: pixels (70000, 784) and labels as strings."""
+    pixels = np.frombuffer(files[FILES[0]][16:] + files[FILES[2]][16:], np.uint8)
+    labels = np.frombuffer(files[FILES[1]][8:] + files[FILES[3]][8:], np.uint8)
+    return pixels.reshape(-1, 784).astype(np.int64), labels.astype(str)
 
 
 @pytest.mark.parametrize("order", ["right", "wrong"])
@@ -172,7 +196,7 @@ def set_up(monkeypatch, device, units=False, **parameters):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(device))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: units or including_emulation)
     nb = SimpleNamespace(SEED=0, PRECISION="auto", **parameters)
-    exec(cells(REBUILT[0], "shared")[0], vars(nb))
+    exec(cells(NOTEBOOKS[0], "shared")[0], vars(nb))
     return nb
 
 
@@ -190,7 +214,7 @@ def test_processors_use_bf16_if_they_have_the_units(monkeypatch, flags, units):
 
 def test_precision_can_be_set(tmp_path):
     for precision, units in ("fp32", False), ("bf16", True):
-        assert load_module(REBUILT[0], OUT=str(tmp_path), PRECISION=precision).BF16 is units
+        assert load_module(NOTEBOOKS[0], OUT=str(tmp_path), PRECISION=precision).BF16 is units
 
 
 # Keeping
@@ -227,7 +251,7 @@ def test_a_stopped_run_ends_with_the_numbers_of_an_uninterrupted_one(kept, capsy
     assert again == history
 
 
-NAMES = {line.split(" = ")[0] for line in cells(REBUILT[0], "parameters")[0].splitlines() if " = " in line}
+NAMES = {line.split(" = ")[0] for line in cells(NOTEBOOKS[0], "parameters")[0].splitlines() if " = " in line}
 
 
 def test_the_parameters_of_a_run_are_those_of_the_parameters_cell(nb):
