@@ -1,14 +1,11 @@
-"""Load the notebooks' own definition cells and run whole notebooks, for the tests."""
+"""What tests share: notebooks' definitions as modules, whole runs, synthetic data files, and a fake GPU."""
 
+import hashlib
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
-import time
 from contextlib import contextmanager
-from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -27,57 +24,97 @@ matplotlib.use("Agg")
 os.environ["TQDM_DISABLE"] = "1"
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.stem for path in ROOT.glob("hw5_*.ipynb"))
+REBUILT = [name for name in NOTEBOOKS if name != "hw5_gan"]  # which keeps older shared cells until its next rendering
+FILES = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"
 
 
-def cells(notebook, *tags):
-    """Sources of a notebook's code cells that have one of the tags, in order."""
-    found = nbformat.read(ROOT / f"{notebook}.ipynb", as_version=4).cells
-    return [c.source for c in found if c.cell_type == "code" and set(tags) & set(c.metadata.get("tags", []))]
+@cache
+def read_notebook(notebook):
+    return nbformat.read(ROOT / f"{notebook}.ipynb", as_version=4)
 
 
-def load_module(notebook, **parameters):
-    """Execute the parameters (overridden), shared and definition cells as a module: nb.fit, setattr(nb, ...)."""
-    module = ModuleType(notebook)
-    exec("\n".join(cells(notebook, "parameters")), vars(module))
-    vars(module).update(parameters)
-    for number, source in enumerate(cells(notebook, "shared", "definitions")):
-        exec(compile(source, f"{notebook}.ipynb, definition cell {number}", "exec"), vars(module))
+def code_cells(notebook, *tags):
+    """A notebook's code cells, in order: all, or those that have one of the tags."""
+    found = [cell for cell in read_notebook(notebook).cells if cell.cell_type == "code"]
+    return [cell for cell in found if not tags or {*tags} & {*cell.metadata.get("tags", [])}]
+
+
+def execute(cell, module):
+    exec(compile(cell.source, f"{module.__name__}.ipynb, {cell.id}", "exec"), vars(module))
+
+
+def data_cell(notebook):
+    """The cell that loads the data and makes tensors of them."""
+    return next(cell for cell in code_cells(notebook) if cell.source.startswith("data = load_"))
+
+
+def load_module(notebook, data=False, **parameters):
+    """Execute parameters (overridden), shared, definition and, if asked, data cells as a module: nb.fit, nb.OUT."""
+    module, wanted = ModuleType(notebook), code_cells(notebook, "parameters", "shared", "definitions")
+    wanted += [data_cell(notebook)] if data else []
+    for cell in code_cells(notebook):
+        if cell in wanted:
+            execute(cell, module)
+        if "parameters" in cell.metadata.get("tags", []):
+            vars(module).update(parameters)
     return module
 
 
+SMALL = {  # parameters of a small problem, and its number of training images
+    "hw5_gan": ({"EPOCHS": 4, "LEARNING_RATE": 2e-5, "STEPS": 8, "RULER_STEPS": 40, "AUTOENCODER_EPOCHS": 2}, 192),
+    "hw5_rbm": ({"EPOCHS": 40, "AIS_STEPS": 200}, 256),
+    "hw5_vae": ({"EPOCHS": 60, "AVERAGE_EVERY": 2, "GAP_STEPS": 60}, 384),
+}
+
+
+def small_problem(notebook, out, **parameters):
+    """A notebook's definitions with a few digits in place, so that something can be learned in seconds."""
+    options, n = SMALL[notebook]
+    nb = load_module(notebook, data=True, DATA="demo", OUT=str(out), **options | parameters)
+    nb.x_train = nb.x_train[:n]
+    if notebook == "hw5_gan":
+        torch.manual_seed(0)
+        nb.ruler = nb.new_classifier().eval()
+    if notebook == "hw5_vae":
+        nb.y_train, nb.x_val, nb.y_val = nb.y_train[:n], nb.x_val[:128], nb.y_val[:128]
+        nb.SETS |= {"train": (nb.x_train, nb.y_train), "val": (nb.x_val, nb.y_val)}
+        nb.labels = {name: c.numpy() for name, (_, c) in nb.SETS.items()}
+    return nb
+
+
 def run_notebook(notebook, folder, **parameters):
-    """Run a whole notebook into a folder. Returns the executed notebook."""
+    """Run a whole notebook into a folder, on the demo data. Returns the executed notebook."""
     parameters = {"OUT": str(folder), "DATA": "demo", **parameters}
     source, target = ROOT / f"{notebook}.ipynb", folder / f"{notebook}.ipynb"
-    folder.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(source, target, parameters, cwd=folder, progress_bar=False)
     return nbformat.read(target, as_version=4)
-
-
-def heed_interrupts():
-    """For a process to be started: SIGINT works, also where the tests run in the background, which ignores it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def kill_in_training(module, folder, run, by=signal.SIGKILL):
-    """Start the module's fit_small(folder) as a process, and kill it once the run has saved its first epochs.
-
-    Returns how many epochs it had done.
-    """
-    code = f"from {module} import fit_small; fit_small({str(folder)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "tests", preexec_fn=heed_interrupts)
-    state = folder / "state" / f"{run}.pt"
-    while not state.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(by)
-    assert process.wait() == -by
-    return len(torch.load(state, weights_only=True)["history"])
 
 
 def read_metrics(folder, notebook):
     """The metrics file that a run left in a folder."""
     return json.loads((folder / "figures" / f"{notebook}_metrics.json").read_text())
+
+
+def idx_files(n_train, n_test):
+    """The four files of a synthetic data set of random images, in the IDX format: {name: bytes}."""
+    rng, files = np.random.default_rng(0), {}
+    for file in FILES:
+        n = n_train if "train" in file else n_test
+        shape, top = ((n, 28, 28), 256) if "images" in file else ((n,), 10)
+        magic = b"\0\0\x08" + bytes([len(shape)])  # of unsigned bytes
+        files[file] = magic + np.array(shape, ">i4").tobytes() + rng.integers(0, top, shape, np.uint8).tobytes()
+    return files
+
+
+def publish(nb, name, files, there=FILES):
+    """Make these files the published ones of a data set, and place some of them in the data folder."""
+    ids = [hashlib.sha1(b"blob %d\0" % len(files[file]) + files[file]).hexdigest()[:12] for file in FILES]
+    nb.PUBLISHED[name] = (nb.PUBLISHED[name][0], *ids)
+    raw = Path(nb.DATA, name, "raw")
+    raw.mkdir(parents=True, exist_ok=True)
+    for file in there:
+        (raw / file).write_bytes(files[file])
+    return raw
 
 
 class DeviceRules(TorchDispatchMode):
@@ -105,12 +142,23 @@ class DeviceRules(TorchDispatchMode):
         return reader
 
 
+def to_cuda(module, *args, **options):
+    """Module.to for fake tensors, whose data cannot be exchanged."""
+    for part in module.modules():
+        for key, value in [*part._parameters.items(), *part._buffers.items()]:
+            if value is not None:
+                moved = torch.zeros(value.shape, dtype=value.dtype, device="cuda")
+                trained = key in part._parameters
+                setattr(part, key, torch.nn.Parameter(moved, value.requires_grad) if trained else moved)
+    return module
+
+
 @contextmanager
 def fake_gpu():
     """A CUDA device of fake tensors: no GPU is needed, mixed devices and NumPy on the device are refused.
 
-    Yields the DeviceRules, with .device and .copies. Every number read from a tensor is 1. Networks have to be made
-    on the device. Fake tensors have no backward pass, so it does nothing, and no optimiser has anything to do.
+    Yields the DeviceRules, with .device and .copies. Every number read from a tensor is 1. Fake tensors have no
+    backward pass, so it does nothing, and no optimiser has anything to do.
     """
 
     def numpy(tensor):
@@ -120,15 +168,8 @@ def fake_gpu():
     rules = DeviceRules()
     methods = {"item": rules.read(1.0), "__bool__": rules.read(True), "numpy": numpy}
     read = patch.multiple(torch.Tensor, backward=lambda *_, **__: None, **methods)
-
-    def another(value, *memo):  # a deep copy of fake tensors cannot be used beside them
-        if not isinstance(value, torch.nn.Module):
-            return deepcopy(value, *memo)
-        with rules.device:
-            return type(value)()
-
-    deep, average = patch("copy.deepcopy", another), patch("torch.optim.swa_utils.deepcopy", another)
-    with read, deep, average, FakeTensorMode(), rules:
+    copied = patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True)
+    with read, copied, patch.object(torch.nn.Module, "to", to_cuda), FakeTensorMode(), rules:
         yield rules
 
 
@@ -147,11 +188,17 @@ def offline(monkeypatch):
 @pytest.fixture(scope="session")
 def real_data():
     """The data folder with the real files; skips the test where there is none."""
-    folder = os.environ.get("HW5_DATA", str(ROOT / "data"))
-    datasets = "MNIST", "KMNIST", "FashionMNIST"
-    if not all(Path(folder, name, "raw", "t10k-images-idx3-ubyte").exists() for name in datasets):
+    folder = Path(os.environ.get("HW5_DATA", ROOT / "data")).resolve()
+    if not all((folder / name / "raw" / FILES[1]).exists() for name in ("MNIST", "KMNIST", "FashionMNIST")):
         pytest.skip("needs the real data: set HW5_DATA to the folder that holds them")
-    return str(Path(folder).resolve())
+    return str(folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _on_the_cpu():
+    """Definitions are tested on the CPU, also where there is a GPU; whole notebooks run on what there is."""
+    with patch("torch.accelerator.is_available", lambda: False):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,10 @@
 import copy
 import itertools
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +15,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
-from conftest import fake_gpu, kill_in_training, load_module
+from conftest import ROOT, fake_gpu, load_module
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
@@ -20,6 +24,27 @@ FIGURE_1 = {
     "discriminator": ["14x14x64", "7x7x128", "4x4x256", "4x4x512", "1"],
     "generator": ["12544", "7x7x256", "14x14x128", "28x28x64", "28x28x32", "28x28x1"],  # 12544 = 7x7x256
 }
+
+
+def heed_interrupts():
+    """For a process to be started: SIGINT works, also where the tests run in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def kill_in_training(module, folder, run, by=signal.SIGKILL):
+    """Start the module's fit_small(folder) as a process, and kill it once the run has saved its first epochs.
+
+    Returns how many epochs it had done.
+    """
+    code = f"from {module} import fit_small; fit_small({str(folder)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "tests", preexec_fn=heed_interrupts)
+    state = folder / "state" / f"{run}.pt"
+    while not state.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(by)
+    assert process.wait() == -by
+    return len(torch.load(state, weights_only=True)["history"])
 
 
 def small_problem(out):

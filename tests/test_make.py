@@ -1,4 +1,4 @@
-"""The Makefile's answers when a run fails or is stopped."""
+"""What `make run` does when a notebook fails or it is stopped, with trivial notebooks in place of the real ones."""
 
 import os
 import shutil
@@ -8,62 +8,57 @@ import time
 
 import nbformat
 import pytest
-from conftest import ROOT, heed_interrupts
-
-COMMAND = ["make", "--assume-old=.venv/installed", "run", "NOTEBOOKS=hw5_vae.ipynb"]
+from conftest import ROOT
 
 
 @pytest.fixture
-def clone(tmp_path):
-    """A folder with what `make run` of one notebook needs, and the tests' own .venv."""
+def start(tmp_path):
+    """Function that starts `make run` of notebooks, {name: source of its cell}, in a folder with the tests' .venv."""
     if not (ROOT / ".venv" / "bin" / "papermill").exists():
         pytest.skip("needs the .venv that make sets up")
-    for name in ("Makefile", "hw5_vae.ipynb"):
-        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    return tmp_path
+
+    def start(notebooks, data="demo"):
+        for name, source in notebooks.items():
+            notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, id="only")])
+            notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+            nbformat.write(notebook, tmp_path / name)
+        return subprocess.Popen(
+            ["make", "--assume-old=.venv/installed", "run", f"NOTEBOOKS={' '.join(notebooks)}"],
+            cwd=tmp_path,
+            env={**os.environ, "HW5_DATA": data},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where tests run in the background
+        )
+
+    return start
 
 
-def test_altered_data_end_the_run_with_their_name_and_a_failure(clone):
-    file = clone / "data" / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b"not what was published")
-    environment = {**os.environ, "HW5_DATA": str(clone / "data")}
-    run = subprocess.run(COMMAND, cwd=clone, env=environment, capture_output=True, text=True, check=False)
+def test_ctrl_c_ends_the_run_with_a_line_and_a_failure(start, tmp_path):
+    run = start({"one.ipynb": "import time\nopen('begun', 'w').close()\ntime.sleep(60)"})
+    while not list(tmp_path.rglob("begun")):
+        assert run.poll() is None
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+    said, _ = run.communicate(timeout=60)
     assert run.returncode != 0
-    assert f"{file} is truncated or altered" in run.stderr + run.stdout
+    assert [line for line in said.splitlines() if "To go on" in line] == ["Stopped. To go on: make run"]
 
 
-def test_ctrl_c_ends_the_run_with_a_line_and_a_failure(clone):
-    options = {"cwd": clone, "env": {**os.environ, "HW5_DATA": "demo"}, "preexec_fn": heed_interrupts}
-    with (clone / "log").open("w") as log:
-        run = subprocess.Popen(COMMAND, stdout=log, stderr=log, start_new_session=True, **options)
-        while not (clone / "runs" / "demo" / "state" / "hw5_vae" / "vae.pt").exists():
-            assert run.poll() is None, (clone / "log").read_text()
-            time.sleep(0.1)
-        os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-        assert run.wait(timeout=60) != 0
-    (line,) = [line for line in (clone / "log").read_text().splitlines() if "To go on" in line]
-    assert line.endswith("To go on: make run")
-    assert (clone / "runs" / "demo" / "state" / "hw5_vae" / "vae.pt").exists()
+def test_a_notebook_that_had_finished_on_the_same_data_is_left_as_it_is(start):
+    """The state after a notebook has failed is that of a killed run."""
 
+    def run(data, second="1 / 0"):
+        process = start({"one.ipynb": "print('ran')", "two.ipynb": second}, data)
+        said, _ = process.communicate()
+        return process.returncode != 0, "ran" in said.splitlines(), "one.ipynb had finished" in said
 
-def test_a_notebook_that_had_finished_on_the_same_data_is_left_as_it_is(clone):
-    """A trivial notebook in place of a real one; the state between the two runs is that of a killed one."""
-    for name, source in ("one", "print('ran')"), ("two", "1 / 0"):
-        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nbformat.write(notebook, clone / f"{name}.ipynb")
-    command = [*COMMAND[:-1], "NOTEBOOKS=one.ipynb two.ipynb"]
-
-    def run(data):
-        environment = {**os.environ, "HW5_DATA": data}
-        return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
-
-    first, second, elsewhere = run("here"), run("here"), run("there")
-    assert all(one.returncode for one in (first, second, elsewhere)), "the second notebook fails each time"
-    assert ["ran" in one.stdout for one in (first, second, elsewhere)] == [True, False, True]
-    assert "one.ipynb had finished" in second.stdout
-    (clone / "two.ipynb").write_text((clone / "one.ipynb").read_text())
-    assert run("there").returncode == 0
-    assert "had finished" not in run("there").stdout, "after a complete run the next one starts anew"
+    assert run("here") == (True, True, False)
+    assert run("here") == (True, False, True)
+    assert run("there") == (True, True, False)
+    assert run("there", "2") == (False, False, True)
+    assert run("there", "2") == (False, True, False), "after a complete run the next one starts anew"

@@ -1,38 +1,19 @@
 """The VAE notebook's definitions, against torch's distributions, closed forms, Monte Carlo and plain numpy."""
 
+import itertools
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import fake_gpu, kill_in_training, load_module
+from conftest import small_problem
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
-
-N_TRAIN, N_VAL, EPOCHS = 384, 128, 60
-
-
-def small_problem(out):
-    """Definitions with a small data set in place: digits, so that something can be learned."""
-    nb = load_module("hw5_vae", OUT=str(out), DATA="demo", EPOCHS=EPOCHS, AVERAGE_EVERY=2, GAP_STEPS=60)
-    digits = nb.load_fashion()
-    nb.data = SimpleNamespace(
-        x_train=digits.x_train, x_test=digits.x_test, split="demo", label="", blobs={}, out=Path(out)
-    )
-    x, nb.labels = digits.x_train.flatten(1) / 255, {}
-    parts = {"train": slice(N_TRAIN), "val": slice(N_TRAIN, N_TRAIN + N_VAL), "test": slice(N_TRAIN + N_VAL, None)}
-    nb.SETS = {name: (x[rows], digits.y_train[rows]) for name, rows in parts.items()}
-    for name, (x, c) in nb.SETS.items():
-        setattr(nb, f"x_{name}", x)
-        setattr(nb, f"y_{name}", c)
-        nb.labels[name] = c.numpy()
-    return nb
 
 
 @pytest.fixture(scope="module")
 def nb(tmp_path_factory):
-    return small_problem(tmp_path_factory.mktemp("out"))
+    return small_problem("hw5_vae", tmp_path_factory.mktemp("out"))
 
 
 @pytest.fixture
@@ -48,12 +29,10 @@ def models(nb):
 
 
 def test_layers_are_the_templates(nb):
-    names = ["fc1", "fc21", "fc22", "fc3", "fc4"]
     for kind, n_class in (nb.VAE, 0), (nb.CVAE, 10):
-        layers = dict(kind().named_children())
-        assert list(layers) == names
-        shapes = [tuple(layer.weight.shape) for layer in layers.values()]
-        assert shapes == [(400, 784 + n_class), (20, 400), (20, 400), (400, 20 + n_class), (784, 400)]
+        layers = {name: tuple(layer.weight.shape) for name, layer in kind().named_children()}
+        shapes = [(400, 784 + n_class), (20, 400), (20, 400), (400, 20 + n_class), (784, 400)]
+        assert layers == dict(zip(["fc1", "fc21", "fc22", "fc3", "fc4"], shapes))
     assert (nb.BATCH, nb.LEARNING_RATE) == (128, 1e-3)
 
 
@@ -65,18 +44,12 @@ def test_terms_against_torch_distributions(nb):
     torch.testing.assert_close(bce, -Bernoulli(logits=logits).log_prob(x).sum(1))
 
 
-def test_cross_entropy_of_grey_pixels_is_least_at_the_pixel_where_it_is_the_entropy_floor(nb):
-    x = torch.rand(3, 784).clamp(0.01, 0.99)
-    zeros = torch.zeros(3, 20)
+def test_cross_entropy_of_grey_pixels_is_least_at_the_pixel_and_finite_where_a_sigmoid_saturates(nb):
+    x, zeros = torch.rand(3, 784).clamp(0.01, 0.99), torch.zeros(3, 20)
     least = nb.negative_elbo_terms(torch.logit(x), x, zeros, zeros)[0]
-    assert least.mean().item() == pytest.approx(nb.entropy_floor(x), rel=1e-5)
-    other = nb.negative_elbo_terms(torch.logit(x) + 0.1 * torch.randn_like(x), x, zeros, zeros)[0]
-    assert (other > least).all()
-    assert nb.entropy_floor(torch.tensor([[0.0, 1.0]])) == 0
-
-
-def test_loss_is_finite_where_a_sigmoid_saturates(nb):
-    logits, x, zeros = torch.tensor([[200.0, -200.0] * 392]), torch.tensor([[0.0, 1.0] * 392]), torch.zeros(1, 20)
+    torch.testing.assert_close(least, Bernoulli(x).entropy().sum(1))
+    assert (nb.negative_elbo_terms(torch.logit(x) + 0.1 * torch.randn_like(x), x, zeros, zeros)[0] > least).all()
+    logits, x = torch.tensor([[200.0, -200.0] * 392]), torch.tensor([[0.0, 1.0] * 392])
     assert nb.negative_elbo_terms(logits, x, zeros, zeros)[0].item() == pytest.approx(200 * 784)
 
 
@@ -85,18 +58,17 @@ def test_class_reaches_the_cvaes_encoder_and_decoder_one_hot(nb, part):
     model, seen = nb.CVAE(), []
     layer, size = (model.fc1, 784) if part == "encode" else (model.fc3, 20)
     layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    value, c = torch.rand(10, size), torch.arange(10)
-    getattr(model, part)(value, c)
-    assert torch.equal(seen[0][:, :size], value)
-    assert torch.equal(seen[0][:, size:], torch.eye(10))
+    value = torch.rand(10, size)
+    getattr(model, part)(value, torch.arange(10))
+    assert torch.equal(seen[0], torch.cat([value, torch.eye(10)], 1))
 
 
 def test_forward_samples_with_the_encoders_mean_and_spread(nb, models, monkeypatch):
     vae, _ = models
     monkeypatch.setattr(vae, "decode", lambda z, c=None: z)  # see z itself
     z, mu, logvar = vae(nb.x_val[:1].expand(20000, -1))
-    assert torch.allclose(z.mean(0), mu[0], atol=0.05)
-    assert torch.allclose(z.std(0), torch.exp(0.5 * logvar[0]), rtol=0.05)
+    torch.testing.assert_close(z.mean(0), mu[0], atol=0.05, rtol=0)
+    torch.testing.assert_close(z.std(0), torch.exp(0.5 * logvar[0]), atol=0, rtol=0.05)
 
 
 # Bounds
@@ -110,8 +82,8 @@ def densities(model, x, c, q, n):
 
 
 def test_elbo_by_monte_carlo_over_densities(nb, models):
+    x, c = nb.x_val[:1], nb.y_val[:1]
     for model in models:
-        x, c = nb.x_val[:1], nb.y_val[:1]
         mu, logvar = model.encode(x, c)
         terms = -densities(model, x, c, MultivariateNormal(mu[0], torch.diag(logvar[0].exp())), 20000)
         error = (terms.std() / math.sqrt(len(terms))).item()
@@ -120,60 +92,57 @@ def test_elbo_by_monte_carlo_over_densities(nb, models):
 
 
 def test_log_weights_are_those_of_a_gaussian_with_full_covariance(nb, models):
-    """Mean and standard deviation of log w over draws, against torch's densities; then the bound from K of them."""
-    _, cvae = models
+    """Mean and standard deviation of log w over draws, against torch's densities."""
     x, c = nb.x_val[:1], nb.y_val[:1]
     mu, log_diagonal, below = torch.randn(1, 20), 0.3 * torch.randn(1, 20) - 1, 0.1 * torch.randn(1, 20, 20)
     q = MultivariateNormal(mu[0], scale_tril=below[0].tril(-1) + torch.diag(log_diagonal[0].exp()))
-    expected = densities(cvae, x, c, q, 20000)
-    noise = torch.Generator().manual_seed(0)
-    found = nb.log_weights(cvae, x, c, (mu, log_diagonal, below), 20000, noise)[:, 0]
+    expected = densities(models[1], x, c, q, 20000)
+    found = nb.log_weights(models[1], x, c, (mu, log_diagonal, below), 20000, torch.Generator().manual_seed(0))[:, 0]
     assert found.mean().item() == pytest.approx(expected.mean().item(), abs=8 * found.std().item() / 141)
     assert found.std().item() == pytest.approx(expected.std().item(), rel=0.05)
 
 
-def test_the_gradient_to_climb_is_that_of_the_elbo_with_less_noise(nb, models):
+def test_the_gradient_to_climb_is_that_of_the_elbo(nb, models):
     """On average over many draws, for a mean, a diagonal and what stands below it."""
-    vae, _ = models
     x, c = nb.x_val[:1], nb.y_val[:1]
-    means, noises = [], []
+    means, errors = [], []
     for to_climb in False, True:
         torch.manual_seed(0)
         q = [torch.randn(1, 20) / 4, torch.zeros(1, 20) - 1, 0.05 * torch.randn(1, 20, 20)]
-        q = [part.requires_grad_() for part in q]
-        gradients = []
+        q, gradients = [part.requires_grad_() for part in q], []
         for seed in range(40):
-            noise = torch.Generator().manual_seed(seed)
-            value = nb.log_weights(vae, x, c, q, 250, noise, to_climb).mean()
+            value = nb.log_weights(models[0], x, c, q, 250, torch.Generator().manual_seed(seed), to_climb).mean()
             gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, q)]))
-        gradients = torch.stack(gradients)
-        means.append(gradients.mean(0))
-        noises.append(gradients.std(0) / math.sqrt(40))
-    z = (means[1] - means[0]) / (noises[0].square() + noises[1].square()).sqrt().clamp(min=1e-4)
+        means.append(torch.stack(gradients).mean(0))
+        errors.append(torch.stack(gradients).std(0) / math.sqrt(40))
+    z = (means[1] - means[0]) / (errors[0].square() + errors[1].square()).sqrt().clamp(min=1e-4)
     assert z.abs().max() < 6
     assert not torch.equal(*means)
 
 
 def test_iwae_with_one_sample_is_the_elbo_and_more_samples_tighten_it(nb, models):
-    vae, _ = models
     x, c = nb.x_val.repeat(20, 1), nb.y_val.repeat(20)
-    elbo = sum(nb.evaluate(vae, nb.x_val, nb.y_val, draws=200))
-    one = nb.iwae_bound(vae, x, c, samples=1).mean().item()
-    assert one == pytest.approx(elbo, rel=5e-3)
-    assert nb.iwae_bound(vae, x, c, samples=50).mean() < one
+    one = nb.iwae_bound(models[0], x, c, 1).mean().item()
+    assert one == pytest.approx(sum(nb.evaluate(models[0], nb.x_val, nb.y_val, draws=200)), rel=5e-3)
+    assert nb.iwae_bound(models[0], x, c, 50).mean() < one
+
+
+def without_z(nb, model, c):
+    """-log p(x|z = 0, c) of each test image: (n_test,)."""
+    logits = model.decode(torch.zeros(len(c), 20), c)
+    return -Bernoulli(logits=logits, validate_args=False).log_prob(nb.x_test).sum(1)
 
 
 def test_iwae_reaches_the_exact_likelihood_where_that_is_known(nb, models):
     """A decoder that ignores z has p(x) = p(x|z), whatever q is; it does not ignore the class."""
     for model in models:
         torch.nn.init.zeros_(model.fc3.weight[:, :20])
-        for layer, logvar in (model.fc21, 0.1), (model.fc22, math.log(0.81)):
+        for layer, value in (model.fc21, 0.1), (model.fc22, math.log(0.81)):
             torch.nn.init.zeros_(layer.weight)
-            torch.nn.init.constant_(layer.bias, logvar)
+            torch.nn.init.constant_(layer.bias, value)
         bce, kl = nb.evaluate(model, nb.x_val, nb.y_val)
         assert kl > 0.05
-        assert nb.iwae_bound(model, nb.x_val, nb.y_val, samples=4000).mean().item() == pytest.approx(bce, abs=0.02)
-    nb.class_bounds.cache_clear()
+        assert nb.iwae_bound(model, nb.x_val, nb.y_val, 2000).mean().item() == pytest.approx(bce, abs=0.02)
     row = nb.unlabelled(models)
     exact = torch.stack([without_z(nb, models[1], torch.full_like(nb.y_test, c)) for c in range(10)], 1)
     mixture = -torch.logsumexp(-exact.double() - math.log(10), 1)
@@ -183,12 +152,6 @@ def test_iwae_reaches_the_exact_likelihood_where_that_is_known(nb, models):
     gain = without_z(nb, models[0], nb.y_test).double() - mixture
     assert row["unlabelled_difference"] == pytest.approx(gain.mean().item(), abs=0.2)
     assert row["unlabelled_difference_se"] == pytest.approx(gain.std().item() / math.sqrt(len(gain)), rel=0.1)
-
-
-def without_z(nb, model, c):
-    """-log p(x|z = 0, c) of each test image: (n_test,)."""
-    logits = model.decode(torch.zeros(len(c), 20), c)
-    return -Bernoulli(logits=logits, validate_args=False).log_prob(nb.x_test).sum(1)
 
 
 def linear_gaussian_model(nb, monkeypatch):
@@ -221,9 +184,8 @@ def test_gaps_are_the_known_ones_of_a_linear_gaussian_model(nb, models, monkeypa
     assert row["covariance_gap"] == pytest.approx(covariance, abs=0.15)
     assert row["rest_gap"] == pytest.approx(0, abs=0.1)
     x = nb.x_test[:50]
-    mean = x[:, :20] @ A @ torch.linalg.inv(precision)
     mu, logvar = models[0].encode(x)
-    error = mu - mean
+    error = mu - x[:, :20] @ A @ torch.linalg.inv(precision)
     away = (error @ precision * error).sum(1) + (logvar.exp() * precision.diagonal() - 1 - logvar).sum(1)
     amortisation = 0.5 * (away - precision.diagonal().log().sum()).mean().item()
     assert row["amortisation_gap"] == pytest.approx(amortisation, rel=0.05, abs=0.15)
@@ -232,15 +194,14 @@ def test_gaps_are_the_known_ones_of_a_linear_gaussian_model(nb, models, monkeypa
 # Training
 
 
-def test_validation_part_is_a_stratified_fifth_and_seeded(nb):
-    one, other = nb.load_fashion(), nb.load_fashion()
-    assert (len(one.x_train), len(one.x_val)) == (1200, 300)
-    share = torch.bincount(one.y_val) / torch.bincount(one.y_train)
+def test_validation_part_is_a_stratified_fifth_of_the_training_images(nb):
+    data, original = nb.load_fashion(), nb.load_data("FashionMNIST")
+    assert (len(data.x_train), len(data.x_val)) == (1200, 300)
+    share = torch.bincount(data.y_val) / torch.bincount(data.y_train)
     assert share.sub(0.25).abs().max() < 0.02
-    assert torch.equal(one.x_val, other.x_val)
-    every = torch.cat([one.x_train, one.x_val]).flatten(1).double() @ torch.arange(784).double()
-    original = nb.load_data("FashionMNIST").x_train.flatten(1).double() @ torch.arange(784).double()
-    assert torch.equal(every.sort()[0], original.sort()[0])
+    assert torch.equal(data.x_val, nb.load_fashion().x_val)
+    both = torch.cat([data.x_train, data.x_val])
+    assert sorted(map(bytes, both.flatten(1).numpy())) == sorted(map(bytes, original.x_train.flatten(1).numpy()))
 
 
 def test_stopping_rule_and_choice_of_weights(nb):
@@ -249,45 +210,24 @@ def test_stopping_rule_and_choice_of_weights(nb):
     for row, score in zip(history, scores):
         if row["epoch"] % nb.VALIDATE_EVERY == 0:
             row.update({key: score + k for k, key in enumerate(reversed(nb.WEIGHTS))})
-    flat = [e for e in range(1, 121) if nb.is_flat(history[:e])]
-    first = flat[0]
+    first, *later = [e for e in range(1, 121) if nb.is_flat(history[:e])]
     assert scores[first - nb.PATIENCE - 1] - scores[first - 1] == pytest.approx(0.1, abs=0.06)
-    assert flat == list(range(first, 121))
+    assert later == list(range(first + 1, 121))
     assert nb.best_of(history) == (scores[119], 120, nb.WEIGHTS[-1])
 
 
-def fit_small(out):
-    """Train a small C-VAE in `out`; returns its weights and history."""
-    nb = small_problem(out)
-    torch.manual_seed(0)
-    model = nb.CVAE()
+def test_training_stops_when_flat_and_ends_with_the_weights_that_were_best(tmp_path):
+    nb = small_problem("hw5_vae", tmp_path, PATIENCE=4, VALIDATE_EVERY=2)
+    model, evaluate, calls = nb.CVAE(), nb.evaluate, itertools.count()
+
+    def worse_each_time(model, x, c):
+        bce, kl = evaluate(model, x, c)
+        return bce + (100 * next(calls) if x is nb.x_val else 0), kl
+
+    nb.evaluate = worse_each_time
     history = nb.fit("toy", model, seed=0)
-    return model.state_dict(), history
-
-
-def same(a, b):
-    return a[1] == b[1] and all(torch.equal(a[0][key], b[0][key]) for key in a[0])
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    return fit_small(tmp_path_factory.mktemp("uninterrupted"))
-
-
-def test_training_learns_repeats_itself_and_ends_with_the_best_weights(nb, uninterrupted, tmp_path):
-    weights, history = uninterrupted
-    assert [row["epoch"] for row in history] == list(range(5, history[-1]["epoch"] + 1, 5))
-    assert history[-1]["raw"] < 0.9 * history[0]["raw"]
-    assert same(fit_small(tmp_path), uninterrupted)
-    model = nb.CVAE()
-    model.load_state_dict(weights)
-    assert sum(nb.evaluate(model, nb.x_val, nb.y_val)) == pytest.approx(nb.best_of(history)[0])
-    assert all(p.dtype == torch.float32 for p in weights.values())
-
-
-def test_a_killed_run_resumes_to_the_same_numbers(uninterrupted, tmp_path):
-    assert 1 <= kill_in_training("test_vae", tmp_path, "hw5_vae/toy") < EPOCHS
-    assert same(fit_small(tmp_path), uninterrupted)
+    assert [row["epoch"] for row in history] == [2, 4, 6, 8]
+    assert nb.best_of(history) == (sum(evaluate(model, nb.x_val, nb.y_val)), 2, "raw")
 
 
 def test_a_collapsed_posterior_stops_the_training(nb, models):
@@ -299,45 +239,38 @@ def test_a_collapsed_posterior_stops_the_training(nb, models):
         nb.validate({"raw": vae}, vae, [{"epoch": 5}])
 
 
-def test_the_later_trainings_are_measured_once_and_enter_means_and_deviations(nb, tmp_path, monkeypatch):
+def test_the_later_trainings_are_measured_once_and_enter_means_and_deviations(nb, monkeypatch):
     monkeypatch.setattr(nb, "METRICS", {})
-    seen = []
 
     def size(model):
-        seen.append(model)
         return {"value": float(model)}
 
     nb.over_runs("toy_", [1, 2, 3], size)
-    assert seen == [2, 3, 1]
-    assert nb.METRICS["toy_size_other_runs"] == [{"value": 2.0}, {"value": 3.0}]
-    assert (nb.METRICS["toy_value"], nb.METRICS["toy_value_std"]) == (2, 1)
+    assert nb.METRICS.pop("toy_size_other_runs") == [{"value": 2.0}, {"value": 3.0}]
+    assert nb.METRICS == {"toy_value": 2, "toy_value_std": 1}
     assert nb.told("toy_value") == "2.00 ± 1.00"
-    nb.over_runs("trained_", [4, 5], size, trains=True)
+    nb.over_runs("trained_", [4], size, trains=True)
     assert nb.METRICS["trained_size"] == {"value": 4.0}, "the first, too, is taken once"
-    nb.over_runs("", [1], size)
-    assert (nb.METRICS["value"], nb.METRICS["value_std"], nb.told("value")) == (1, None, "1.00")
+    assert (nb.METRICS["trained_value_std"], nb.told("trained_value:.1%")) == (None, "400.0%")
 
 
 # Codes
 
 
 def test_codes_are_in_order_and_z_is_drawn_from_q(nb, models):
-    _, cvae = models
-    codes = nb.codes(cvae, "train")
-    mu, logvar = cvae.encode(nb.x_train, nb.y_train)
+    codes = nb.codes(models[1], "train")
+    mu, logvar = models[1].encode(nb.x_train, nb.y_train)
     np.testing.assert_allclose(codes.mu, mu, atol=1e-5)
     eps = (codes.z - codes.mu) / torch.exp(0.5 * logvar).numpy()
-    assert abs(eps.mean()) < 0.04
-    assert eps.std() == pytest.approx(1, abs=0.04)
+    assert (eps.mean(), eps.std()) == (pytest.approx(0, abs=0.04), pytest.approx(1, abs=0.04))
 
 
 def test_neighbours_are_the_nearest_others(nb, models):
-    vae, _ = models
-    mu = nb.codes(vae, "test").mu.astype(np.float64)
+    mu = nb.codes(models[0], "test").mu.astype(np.float64)
     distances = np.linalg.norm(mu[:, None] - mu, axis=2)
     np.fill_diagonal(distances, np.inf)
-    expected = np.sort(distances, axis=1)[:, :9]
-    np.testing.assert_allclose(np.take_along_axis(distances, nb.neighbours(vae), 1), expected, rtol=1e-4, atol=1e-6)
+    found = np.take_along_axis(distances, nb.neighbours(models[0]), 1)
+    np.testing.assert_allclose(found, np.sort(distances, axis=1)[:, :9], rtol=1e-4, atol=1e-6)
 
 
 def test_a_mixture_bounds_the_divergence_from_below_and_one_gaussian_reaches_that_of_a_gaussian(nb):
@@ -353,9 +286,8 @@ def test_a_mixture_bounds_the_divergence_from_below_and_one_gaussian_reaches_tha
 
 def test_ledger_of_codes_that_are_known(nb, monkeypatch):
     """The class alone in the first dimension, far apart: all of log 10 nats; a standard normal elsewhere."""
-    rng = np.random.default_rng(0)
+    rng, made = np.random.default_rng(0), {}
     many = {name: np.arange(n) % 10 for name, n in (("train", 6000), ("val", 1000), ("test", 3000))}
-    made = {}
     for name, y in many.items():
         z = rng.normal(size=(len(y), 20)).astype(np.float32)
         z[:, 0] = 10 * y + 0.1 * z[:, 0]
@@ -369,7 +301,8 @@ def test_ledger_of_codes_that_are_known(nb, monkeypatch):
     assert row["aggregate_kl"] == pytest.approx(exact, abs=0.5)
     assert row["marginal_kl"] == pytest.approx(exact - math.log(10), abs=0.7)
     assert row["class_kl"] + row["rest_of_kl"] == pytest.approx(2000)
-    assert row["same_class_neighbours"] == row["z_knn"] == row["mu_qda"] == 1
+    assert row["same_class_neighbours"] == row["z_knn"] == row["mu_knn"] == 1
+    assert row["mu_linear_probe"] > 0.99
 
 
 def test_verdicts(nb):
@@ -390,79 +323,15 @@ def test_labels_given_to_the_encoder(nb):
     assert not torch.equal(drawn, nb.given(c, "random", 1))
 
 
-def test_swaps_read_the_label_from_an_encoder_that_writes_it_and_the_class_from_one_that_does_not(nb, monkeypatch):
-    """An encoder that writes down only the label it was given; and one that writes down only the image's class."""
+def test_swaps_read_the_label_from_an_encoder_that_writes_it_and_the_class_from_one_that_does_not(nb):
     classes = {len(c): c for _, c in nb.SETS.values()}
 
-    def write_label(x, c):
+    def write(x, c):
         return 20 * torch.nn.functional.one_hot(c, 20).float(), None
 
-    row = nb.swaps(SimpleNamespace(encode=write_label))
-    assert (row["swap_random_label_given"], row["swap_wrong_label_given"]) == (1, 1)
+    row = nb.swaps(SimpleNamespace(encode=write))
+    assert row["swap_random_label_given"] == row["swap_wrong_label_given"] == row["swap_true_label_given"] == 1
     assert row["swap_wrong_label_true_class"] == 0
     assert max(row["swap_random_label_true_class"], row["swap_one_label_true_class"]) < 0.3
-    row = nb.swaps(SimpleNamespace(encode=lambda x, c: write_label(x, classes[len(x)])))
-    assert row["swap_random_label_true_class"] == row["swap_one_label_true_class"] == 1
-    assert row["swap_wrong_label_true_class"] == 1
-
-
-def test_confusions_are_shares_of_the_true_class(nb, monkeypatch):
-    monkeypatch.setattr(nb, "CLASSES", list("0123456789"), raising=False)
-    monkeypatch.setattr(nb, "show", lambda fig, *texts: nb.plt.close(fig))
-    true, answered = np.array([0, 0, 0, 1, *range(2, 10)]), np.array([0, 0, 1, 1, *range(2, 10)])
-    one, other = nb.plot_confusion({"a": (true, answered), "b": (answered, true)}, "class", "name", "title").values()
-    assert one[0].tolist() == pytest.approx([2 / 3, 1 / 3, *[0] * 8])
-    assert other[1].tolist() == pytest.approx([1 / 2, 1 / 2, *[0] * 8])
-    assert one.diagonal()[1:].tolist() == [1] * 9
-
-
-def test_the_judge_knows_the_classes(nb):
-    assert nb.judge_of_pixels().score(nb.x_test.numpy(), nb.labels["test"]) > 0.7
-
-
-# On a GPU
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("kind", ["VAE", "CVAE"])
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_everything_stays_on_a_gpu(tmp_path, kind, bf16):
-    """What is trained and what is measured, but for the backward pass, which fake tensors cannot do here."""
-    nb = small_problem(tmp_path)
-    with fake_gpu() as rules:
-        nb.DEVICE, nb.BF16, nb.GAP_STEPS, nb.GAP_IMAGES, nb.IWAE_SAMPLES = rules.device, bf16, 1, 2, 10
-        with rules.device:
-            model = getattr(nb, kind)()
-        x, c = torch.zeros(128, 784, device=rules.device), torch.zeros(128, dtype=torch.int64, device=rules.device)
-        nb.SETS = {name: (x, c) for name in nb.SETS}
-        nb.x_train = nb.x_val = nb.x_test = x
-        nb.y_train = nb.y_val = nb.y_test = c
-        nb.epochs = lambda *args, **options: [nb.EPOCHS]
-        assert nb.fit("toy", model, 0)[0]["train"] == 2
-        assert nb.evaluate(model, x, c) == [1, 1]
-        model.requires_grad_(False)
-        assert nb.test_bound(model).device.type == "cpu"
-        assert nb.codes(model, "test").mu.shape == nb.mu_given(model, "test", "wrong")[0].shape == (128, 20)
-        assert nb.gaps(model).keys() == {"amortisation_gap", "covariance_gap", "rest_gap"}
-        for images in nb.reconstruct(model, x, c), nb.sample(model, nb.draw_prior(128), c):
-            assert images.device.type == "cuda"
-        with pytest.raises(RuntimeError, match="device"):
-            model(x.to("cpu"), c)
-
-
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_no_step_of_training_waits_for_a_copy(tmp_path):
-    """Of an epoch on a GPU only the loss is copied, and in each update of the averages torch's count of them."""
-    nb, copies = small_problem(tmp_path), []
-    nb.epochs, nb.validate = lambda *args, **options: [1], lambda *args: None
-    with fake_gpu() as rules:
-        nb.DEVICE = rules.device
-        with rules.device:
-            model = nb.CVAE()
-        for steps in (1, 4):
-            n, before = steps * nb.BATCH, rules.copies
-            nb.x_train = torch.zeros(n, 784, device=rules.device)
-            nb.y_train = torch.zeros(n, dtype=torch.int64, device=rules.device)
-            nb.fit("toy", model, 0)
-            copies.append(rules.copies - before)
-    assert copies[1] - copies[0] == 2 * len(nb.DECAYS)  # of the averages' counts, in two updates
+    row = nb.swaps(SimpleNamespace(encode=lambda x, c: write(x, classes[len(x)])))
+    assert {value for key, value in row.items() if key.endswith("true_class")} == {1}

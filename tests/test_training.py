@@ -1,0 +1,140 @@
+"""What holds for the training of every notebook: it learns, repeats itself, survives a kill, and suits a GPU."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REBUILT, ROOT, SMALL, fake_gpu, small_problem
+from torch import nn
+
+
+def start(nb):
+    """What is trained in a notebook, at its start: the middle arguments of its fit()."""
+    torch.manual_seed(0)
+    return {
+        "hw5_gan": lambda: nb.new_gan(seed=0),
+        "hw5_rbm": lambda: [nb.new_rbm(8, seed=0, learn_sigma=True), nb.PersistentChains(8)],
+        "hw5_vae": lambda: [nb.CVAE().to(nb.DEVICE)],
+    }[nb.NAME]()
+
+
+OPTIONS = {"hw5_gan": {"length": 4, "penalty": 0.5}, "hw5_rbm": {"falls": True}, "hw5_vae": {}}  # other arguments
+
+
+def fit(notebook, out, **parameters):
+    """A small training with seed 0: the weights of what was trained, and the history."""
+    nb = small_problem(notebook, Path(out), **parameters)
+    players = start(nb)
+    history = nb.fit("toy", *players, seed=0, **OPTIONS[notebook])
+    return [player.state_dict() for player in players], history
+
+
+def assert_same(a, b):
+    assert a[1] == b[1]
+    torch.testing.assert_close(a[0], b[0], rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module", params=REBUILT)
+def uninterrupted(request, tmp_path_factory):
+    """A notebook's name, and what its small training gives."""
+    return request.param, fit(request.param, tmp_path_factory.mktemp("uninterrupted"))
+
+
+def test_it_learns_and_repeats_itself(uninterrupted, tmp_path):
+    notebook, (weights, history) = uninterrupted
+    key, factor = {"hw5_gan": ("D(G(z))", 0.9), "hw5_rbm": ("mse_test", 0.95), "hw5_vae": ("raw", 0.9)}[notebook]
+    assert history[-1][key] < factor * history[0][key]
+    assert all(value.dtype in (torch.float32, torch.int64) for state in weights for value in state.values())
+    assert_same(fit(notebook, tmp_path), (weights, history))
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_numbers(uninterrupted, tmp_path):
+    notebook, expected = uninterrupted
+    code = "import torch; torch.accelerator.is_available = lambda: False; import test_training as of; "
+    code += f"of.fit({notebook!r}, {str(tmp_path)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "tests", stdout=subprocess.DEVNULL)
+    state = tmp_path / "demo" / "state" / notebook / "toy.pt"
+    while not state.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 1 <= len(torch.load(state, weights_only=True)["history"]) < SMALL[notebook][0]["EPOCHS"]
+    assert_same(fit(notebook, tmp_path), expected)
+
+
+@pytest.mark.parametrize("notebook", REBUILT)
+def test_a_training_that_explodes_is_stopped(notebook, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"toy.* epoch \d"):
+        fit(notebook, tmp_path, LEARNING_RATE=1e30, VALIDATE_EVERY=1)
+
+
+# What is computed beside the training, from images x of classes c in a device's memory
+
+
+def beside_gan(nb, generator, discriminator, x, c):
+    z = nb.draw_z(len(x), seed=0)
+    images = nb.infer(generator, z)
+    yield from (images, nb.shifted(images))
+    nb.codes(discriminator[:-1], images)
+    assert nb.two_sample_test(images, x) == 1
+    nb.end_to_end()(x, c, 0, 1e-3, 0.2)(x)
+
+
+def beside_rbm(nb, rbm, chains, x, c):
+    for model in rbm, nb.new_rbm(20, 0):
+        M = len(model.alpha)
+        for negative in nb.cd5, nb.PersistentChains(M), nb.exact if M == 8 else nb.cd1:
+            with torch.autocast("cuda", torch.bfloat16, enabled=nb.BF16):
+                yield model.free_energy(x).mean() + negative(model, x)
+        yield from (nb.chain_ends(model, x[:2]), nb.sample_hidden(model, 4))
+        assert model.gibbs(x, 2).dtype == torch.float32
+        nb.judge(model)
+        nb.test_scores(model)
+
+
+def beside_vae(nb, model, x, c):
+    model.requires_grad_(False)
+    yield model.decode(model.encode(x, c)[0], c)
+    nb.iwae_bound(model, x, c, 10)
+    nb.codes(model, "test")
+    nb.mu_given(model, "test", "wrong")
+    nb.gaps(model)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("notebook", REBUILT)
+@pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:Accessing the data pointer")
+def test_everything_stays_on_a_gpu_and_no_step_waits_for_a_copy(notebook, bf16, tmp_path, monkeypatch):
+    """On fake tensors, so without the backward pass. What is copied of an epoch does not grow with its steps."""
+    nb, copies = small_problem(notebook, tmp_path), []
+    vars(nb).update(dict.fromkeys(("STEPS", "GAP_STEPS", "SWEEPS", "CHAIN_LENGTH", "AIS_STEPS"), 2), IWAE_SAMPLES=10)
+    vars(nb).update(EPOCHS=1, epochs=lambda *args, **arguments: [1], BF16=bf16, probe_accuracy=lambda network: 1.0)
+    monkeypatch.setattr(torch, "bincount", lambda x, minlength: torch.ones(minlength))  # fakes cannot be counted
+    nb.frechet_distance, nb.density_and_coverage = lambda a, b: 1.0, lambda real, fake: (1.0, 1.0)  # nor compared
+    with fake_gpu() as rules:
+        nb.DEVICE = rules.device
+        for n in (128, 512):
+            x, c = torch.zeros(n, 784, device="cuda"), torch.zeros(n, dtype=torch.int64, device="cuda")
+            x = x.view(n, 1, 28, 28) if notebook == "hw5_gan" else x
+            for part in "train", "pool", "val", "test":
+                vars(nb).update({f"x_{part}": x, f"y_{part}": c})
+            nb.SETS = dict.fromkeys(("train", "val", "test"), (x, c))
+            nb.mean_image = nb.spread = torch.ones(784, device="cuda")
+            if notebook == "hw5_gan":
+                nb.ruler = nb.new_classifier().to("cuda").eval()
+            players = start(nb)
+            before = rules.copies
+            options = OPTIONS[notebook] | {"hw5_gan": {"penalty": 0}}.get(notebook, {})  # which is a backward pass
+            assert len(nb.fit("toy", *players, seed=0, **options)) == 1
+            copies.append(rules.copies - before)
+        beside = {"hw5_gan": beside_gan, "hw5_rbm": beside_rbm, "hw5_vae": beside_vae}[notebook]
+        found = list(beside(nb, *players, x, c))
+        assert {tensor.device.type for tensor in found} == {"cuda"}
+        with pytest.raises(RuntimeError, match="device"):
+            nn.Linear(784, 1).to("cuda")(x.flatten(1).cpu())
+    assert copies[1] - copies[0] == (6 if notebook == "hw5_vae" else 0), "but for torch's count of three averages"
