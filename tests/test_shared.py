@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FILES, NOTEBOOKS, UNREACHABLE, code_cells, idx_files, load_module, publish
+from conftest import FILES, REBUILT, UNREACHABLE, code_cells, idx_files, load_module, publish
 
 # Device and precision
 
@@ -38,7 +38,7 @@ def test_bf16_is_used_where_the_device_has_the_units_or_it_is_told_to(monkeypatc
     cpuinfo = f"flags : {flags}\n"
     monkeypatch.setattr(Path, "read_text", lambda p, **how: cpuinfo if p.name == "cpuinfo" else read(p, **how))
     found = {"SEED": 0, "PRECISION": precision, "os": os}
-    exec(code_cells(NOTEBOOKS[0], "shared")[0].source, found)
+    exec(code_cells(REBUILT[0], "shared")[0].source, found)
     assert (found["DEVICE"].type, found["BF16"]) == (device, MACHINES[machine])
 
 
@@ -48,7 +48,7 @@ def test_bf16_is_used_where_the_device_has_the_units_or_it_is_told_to(monkeypatc
 @pytest.fixture
 def nb(tmp_path):
     """Shared and other definitions with an empty data folder."""
-    yield load_module(NOTEBOOKS[0], OUT=str(tmp_path / "out"), DATA=str(tmp_path / "data"))
+    yield load_module(REBUILT[0], OUT=str(tmp_path / "out"), DATA=str(tmp_path / "data"))
     socket.setdefaulttimeout(None)
 
 
@@ -155,7 +155,7 @@ def test_the_real_files_are_the_published_ones(nb, real_data):
 @pytest.fixture
 def kept(tmp_path):
     """The definitions with the demo in place, so that there is something to keep."""
-    return load_module(NOTEBOOKS[0], data=True, DATA="demo", OUT=str(tmp_path), SAVED=str(tmp_path / "demo"))
+    return load_module(REBUILT[0], data=True, DATA="demo", OUT=str(tmp_path), SAVED=str(tmp_path / "demo"))
 
 
 def train(nb, name="toy", stop=None, seed=0, length=3, **arguments):
@@ -185,7 +185,7 @@ def test_a_stopped_run_ends_with_the_numbers_of_an_uninterrupted_one(kept, capsy
     assert train(kept, "other", seed=1)[1] != history
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
+@pytest.mark.parametrize("notebook", REBUILT)
 def test_nothing_is_resumed_after_a_change_of_any_parameter_argument_or_of_the_data(notebook, tmp_path):
     nb = load_module(notebook, data=True, DATA="demo", OUT=str(tmp_path))
     (cell,) = code_cells(notebook, "parameters")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOTEBOOKS, ROOT, SMALL, fake_gpu, small_problem
+from conftest import REBUILT, ROOT, SMALL, fake_gpu, small_problem
 from torch import nn
 
 
@@ -38,7 +38,7 @@ def assert_same(a, b):
     torch.testing.assert_close(a[0], b[0], rtol=0, atol=0)
 
 
-@pytest.fixture(scope="module", params=NOTEBOOKS)
+@pytest.fixture(scope="module", params=REBUILT)
 def uninterrupted(request, tmp_path_factory):
     """A notebook's name, and what its small training gives."""
     return request.param, fit(request.param, tmp_path_factory.mktemp("uninterrupted"))
@@ -67,7 +67,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_numbers(uninterrupted, tmp_path)
     assert_same(fit(notebook, tmp_path), expected)
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
+@pytest.mark.parametrize("notebook", REBUILT)
 def test_a_training_that_explodes_is_stopped(notebook, tmp_path):
     with pytest.raises(FloatingPointError, match=r"toy.* epoch \d"):
         fit(notebook, tmp_path, LEARNING_RATE=1e30, VALIDATE_EVERY=1)
@@ -107,7 +107,7 @@ def beside_vae(nb, model, x, c):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
+@pytest.mark.parametrize("notebook", REBUILT)
 @pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:Accessing the data pointer")
 def test_everything_stays_on_a_gpu_and_no_step_waits_for_a_copy(notebook, bf16, tmp_path, monkeypatch):
     """On fake tensors, so without the backward pass. What is copied of an epoch does not grow with its steps."""
