@@ -32,6 +32,8 @@ def tolerance(key, expected, beside, rel):
         return {"abs": max(1, beside.get(f"{key.removesuffix('_se').removesuffix('_std')}_se", 0))}
     if any(part in key for part in ("obeyed", "recognised", "information", "class_kl", "rest_of_kl")):
         return {"abs": 0.2 if "by_class" in key else 0.05}  # of small classifiers trained anew
+    if "linear_probe" in key:
+        return {"abs": 0.01}  # hardly regularised, so its last steps hang on the last bits
     if key.endswith("_by_d"):
         return {"abs": 0.02}  # shares of a thousand images, in an order that hangs on the last bits
     if "variance" in key or "two_draws" in key:
@@ -56,7 +58,7 @@ def assert_close(metrics, expected, rel, within=None, key=""):
 def test_demo_run_says_so_and_writes_only_under_demo(demo):
     name, folder, executed = demo
     top = "".join(output["data"].get("text/html", "") for output in executed.cells[1].outputs)
-    assert "<h2>DEMO" in top
+    assert ">DEMO" in top
     assert "<table" in top
     metrics = read_metrics(folder / "demo", name)
     assert (metrics["mode"], metrics["split"], metrics["data_blobs"]) == ("demo", "demo", {})
