@@ -24,8 +24,8 @@ matplotlib.use("Agg")
 os.environ["TQDM_DISABLE"] = "1"
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.stem for path in ROOT.glob("hw5_*.ipynb"))
-REBUILT = [name for name in NOTEBOOKS if name != "hw5_gan"]  # which keeps older shared cells until its next rendering
 FILES = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"
+UNREACHABLE = "network is unreachable"
 
 
 @cache
@@ -51,9 +51,8 @@ def data_cell(notebook):
 def load_module(notebook, data=False, **parameters):
     """Execute parameters (overridden), shared, definition and, if asked, data cells as a module: nb.fit, nb.OUT."""
     module, wanted = ModuleType(notebook), code_cells(notebook, "parameters", "shared", "definitions")
-    wanted += [data_cell(notebook)] if data else []
     for cell in code_cells(notebook):
-        if cell in wanted:
+        if cell in wanted or (data and cell == data_cell(notebook)):
             execute(cell, module)
         if "parameters" in cell.metadata.get("tags", []):
             vars(module).update(parameters)
@@ -80,6 +79,12 @@ def small_problem(notebook, out, **parameters):
         nb.SETS |= {"train": (nb.x_train, nb.y_train), "val": (nb.x_val, nb.y_val)}
         nb.labels = {name: c.numpy() for name, (_, c) in nb.SETS.items()}
     return nb
+
+
+@pytest.fixture(scope="module")
+def nb(request, tmp_path_factory):
+    """In test_gan.py, test_rbm.py and test_vae.py: the small problem of the notebook that the file is named after."""
+    return small_problem(request.path.stem.replace("test", "hw5"), tmp_path_factory.mktemp("out"))
 
 
 def run_notebook(notebook, folder, **parameters):
@@ -120,9 +125,7 @@ def publish(nb, name, files, there=FILES):
 class DeviceRules(TorchDispatchMode):
     """Counts copies from and to the device, and refuses float64 on it, which Apple's MPS does not have."""
 
-    def __init__(self):
-        super().__init__()
-        self.device, self.copies = torch.device("cuda"), 0
+    copies = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -157,8 +160,8 @@ def to_cuda(module, *args, **options):
 def fake_gpu():
     """A CUDA device of fake tensors: no GPU is needed, mixed devices and NumPy on the device are refused.
 
-    Yields the DeviceRules, with .device and .copies. Every number read from a tensor is 1. Fake tensors have no
-    backward pass, so it does nothing, and no optimiser has anything to do.
+    Yields the DeviceRules. Every number read from a tensor is 1. Fake tensors have no backward pass, so it does
+    nothing, and no optimiser has anything to do.
     """
 
     def numpy(tensor):
@@ -173,16 +176,19 @@ def fake_gpu():
         yield rules
 
 
-UNREACHABLE = "network is unreachable"
-
-
 @pytest.fixture
 def offline(monkeypatch):
+    """No network. Gives the timeouts, in seconds, that stood for each try."""
+    timeouts = []
+
     def refuse(*args, **kwargs):
+        timeouts.append(socket.getdefaulttimeout())
         raise OSError(UNREACHABLE)
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield timeouts
+    socket.setdefaulttimeout(None)
 
 
 @pytest.fixture(scope="session")

@@ -39,19 +39,13 @@ def with_html_outputs(notebook):
 def render(source, folder):
     """Write a notebook or a Markdown file as one HTML file into a folder. Returns its path."""
     target = Path(folder, f"{source.stem}.html")
-    if source.suffix == ".ipynb":
-        text, kind = with_html_outputs(source), "ipynb"
-    else:
-        text, kind = source.read_text(), "markdown"
+    ipynb = source.suffix == ".ipynb"
+    text, kind = (with_html_outputs(source), "ipynb") if ipynb else (source.read_text(), "markdown")
     pypandoc.convert_text(text, "html", kind, outputfile=target, extra_args=OPTIONS)
     return target
 
 
-def main(folder):
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for source in SOURCES:
-        print(render(source, folder))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
+    for source in SOURCES:
+        print(render(source, sys.argv[1]))

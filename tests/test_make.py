@@ -4,36 +4,32 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from functools import partial
 
 import nbformat
 import pytest
 from conftest import ROOT
 
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+
 
 @pytest.fixture
 def start(tmp_path):
     """Function that starts `make run` of notebooks, {name: source of its cell}, in a folder with the tests' .venv."""
-    if not (ROOT / ".venv" / "bin" / "papermill").exists():
-        pytest.skip("needs the .venv that make sets up")
     shutil.copy(ROOT / "Makefile", tmp_path)
-    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
 
     def start(notebooks, data="demo"):
         for name, source in notebooks.items():
-            notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, id="only")])
-            notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-            nbformat.write(notebook, tmp_path / name)
-        return subprocess.Popen(
-            ["make", "--assume-old=.venv/installed", "run", f"NOTEBOOKS={' '.join(notebooks)}"],
-            cwd=tmp_path,
-            env={**os.environ, "HW5_DATA": data},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where tests run in the background
-        )
+            cell = nbformat.v4.new_code_cell(source, id="only")
+            nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": KERNEL}), tmp_path / name)
+        command = f"make --assume-old=.venv/installed run HW5_DATA={data}".split()
+        command.append(f"NOTEBOOKS={' '.join(notebooks)}")
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where tests run in the background
+        return subprocess.Popen(command, cwd=tmp_path, **pipe, start_new_session=True, preexec_fn=heed)
 
     return start
 
@@ -50,7 +46,7 @@ def test_ctrl_c_ends_the_run_with_a_line_and_a_failure(start, tmp_path):
 
 
 def test_a_notebook_that_had_finished_on_the_same_data_is_left_as_it_is(start):
-    """The state after a notebook has failed is that of a killed run."""
+    """After a failure or a kill, which leave the same state, too much or too little is run again."""
 
     def run(data, second="1 / 0"):
         process = start({"one.ipynb": "print('ran')", "two.ipynb": second}, data)

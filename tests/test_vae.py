@@ -1,4 +1,4 @@
-"""The VAE notebook's definitions, against torch's distributions, closed forms, Monte Carlo and plain numpy."""
+"""The VAE notebook's own code, against torch's distributions, closed forms, Monte Carlo and plain numpy."""
 
 import itertools
 import math
@@ -9,11 +9,7 @@ import pytest
 import torch
 from conftest import small_problem
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
-
-
-@pytest.fixture(scope="module")
-def nb(tmp_path_factory):
-    return small_problem("hw5_vae", tmp_path_factory.mktemp("out"))
+from torch.nn import functional as F
 
 
 @pytest.fixture
@@ -37,36 +33,24 @@ def test_layers_are_the_templates(nb):
 
 
 def test_terms_against_torch_distributions(nb):
-    logits, x = torch.randn(7, 784) * 3, torch.randint(0, 2, (7, 784)).float()
+    """The terms are other ones, or not finite where a sigmoid saturates."""
+    logits, x = torch.randn(7, 784) * 100, torch.rand(7, 784)
     mu, logvar = torch.randn(7, 20), torch.randn(7, 20)
     bce, kl = nb.negative_elbo_terms(logits, x, mu, logvar)
     torch.testing.assert_close(kl, kl_divergence(Normal(mu, torch.exp(0.5 * logvar)), Normal(0.0, 1.0)).sum(1))
-    torch.testing.assert_close(bce, -Bernoulli(logits=logits).log_prob(x).sum(1))
+    torch.testing.assert_close(bce, -Bernoulli(logits=logits, validate_args=False).log_prob(x).sum(1))
 
 
-def test_cross_entropy_of_grey_pixels_is_least_at_the_pixel_and_finite_where_a_sigmoid_saturates(nb):
-    x, zeros = torch.rand(3, 784).clamp(0.01, 0.99), torch.zeros(3, 20)
-    least = nb.negative_elbo_terms(torch.logit(x), x, zeros, zeros)[0]
-    torch.testing.assert_close(least, Bernoulli(x).entropy().sum(1))
-    assert (nb.negative_elbo_terms(torch.logit(x) + 0.1 * torch.randn_like(x), x, zeros, zeros)[0] > least).all()
-    logits, x = torch.tensor([[200.0, -200.0] * 392]), torch.tensor([[0.0, 1.0] * 392])
-    assert nb.negative_elbo_terms(logits, x, zeros, zeros)[0].item() == pytest.approx(200 * 784)
-
-
-@pytest.mark.parametrize("part", ["encode", "decode"])
-def test_class_reaches_the_cvaes_encoder_and_decoder_one_hot(nb, part):
-    model, seen = nb.CVAE(), []
-    layer, size = (model.fc1, 784) if part == "encode" else (model.fc3, 20)
-    layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    value = torch.rand(10, size)
-    getattr(model, part)(value, torch.arange(10))
-    assert torch.equal(seen[0], torch.cat([value, torch.eye(10)], 1))
+def test_class_reaches_the_cvaes_encoder_and_decoder_one_hot(nb):
+    model, x, z, c = nb.CVAE(), torch.rand(10, 784), torch.randn(10, 20), torch.arange(10)
+    expected = nb.VAE.encode(model, torch.cat([x, torch.eye(10)], 1))
+    torch.testing.assert_close(model.encode(x, c), expected)
+    torch.testing.assert_close(model.decode(z, c), nb.VAE.decode(model, torch.cat([z, torch.eye(10)], 1)))
 
 
 def test_forward_samples_with_the_encoders_mean_and_spread(nb, models, monkeypatch):
-    vae, _ = models
-    monkeypatch.setattr(vae, "decode", lambda z, c=None: z)  # see z itself
-    z, mu, logvar = vae(nb.x_val[:1].expand(20000, -1))
+    monkeypatch.setattr(models[0], "decode", lambda z, c: z)  # see z itself
+    z, mu, logvar = models[0](nb.x_val[:1].expand(20000, -1))
     torch.testing.assert_close(z.mean(0), mu[0], atol=0.05, rtol=0)
     torch.testing.assert_close(z.std(0), torch.exp(0.5 * logvar[0]), atol=0, rtol=0.05)
 
@@ -92,7 +76,7 @@ def test_elbo_by_monte_carlo_over_densities(nb, models):
 
 
 def test_log_weights_are_those_of_a_gaussian_with_full_covariance(nb, models):
-    """Mean and standard deviation of log w over draws, against torch's densities."""
+    """Mean or standard deviation of log w over draws is another than by torch's densities."""
     x, c = nb.x_val[:1], nb.y_val[:1]
     mu, log_diagonal, below = torch.randn(1, 20), 0.3 * torch.randn(1, 20) - 1, 0.1 * torch.randn(1, 20, 20)
     q = MultivariateNormal(mu[0], scale_tril=below[0].tril(-1) + torch.diag(log_diagonal[0].exp()))
@@ -102,24 +86,6 @@ def test_log_weights_are_those_of_a_gaussian_with_full_covariance(nb, models):
     assert found.std().item() == pytest.approx(expected.std().item(), rel=0.05)
 
 
-def test_the_gradient_to_climb_is_that_of_the_elbo(nb, models):
-    """On average over many draws, for a mean, a diagonal and what stands below it."""
-    x, c = nb.x_val[:1], nb.y_val[:1]
-    means, errors = [], []
-    for to_climb in False, True:
-        torch.manual_seed(0)
-        q = [torch.randn(1, 20) / 4, torch.zeros(1, 20) - 1, 0.05 * torch.randn(1, 20, 20)]
-        q, gradients = [part.requires_grad_() for part in q], []
-        for seed in range(40):
-            value = nb.log_weights(models[0], x, c, q, 250, torch.Generator().manual_seed(seed), to_climb).mean()
-            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, q)]))
-        means.append(torch.stack(gradients).mean(0))
-        errors.append(torch.stack(gradients).std(0) / math.sqrt(40))
-    z = (means[1] - means[0]) / (errors[0].square() + errors[1].square()).sqrt().clamp(min=1e-4)
-    assert z.abs().max() < 6
-    assert not torch.equal(*means)
-
-
 def test_iwae_with_one_sample_is_the_elbo_and_more_samples_tighten_it(nb, models):
     x, c = nb.x_val.repeat(20, 1), nb.y_val.repeat(20)
     one = nb.iwae_bound(models[0], x, c, 1).mean().item()
@@ -127,14 +93,8 @@ def test_iwae_with_one_sample_is_the_elbo_and_more_samples_tighten_it(nb, models
     assert nb.iwae_bound(models[0], x, c, 50).mean() < one
 
 
-def without_z(nb, model, c):
-    """-log p(x|z = 0, c) of each test image: (n_test,)."""
-    logits = model.decode(torch.zeros(len(c), 20), c)
-    return -Bernoulli(logits=logits, validate_args=False).log_prob(nb.x_test).sum(1)
-
-
 def test_iwae_reaches_the_exact_likelihood_where_that_is_known(nb, models):
-    """A decoder that ignores z has p(x) = p(x|z), whatever q is; it does not ignore the class."""
+    """With a decoder that ignores z but not the class, so that p(x|c) is known, the bound does not reach it."""
     for model in models:
         torch.nn.init.zeros_(model.fc3.weight[:, :20])
         for layer, value in (model.fc21, 0.1), (model.fc22, math.log(0.81)):
@@ -143,52 +103,38 @@ def test_iwae_reaches_the_exact_likelihood_where_that_is_known(nb, models):
         bce, kl = nb.evaluate(model, nb.x_val, nb.y_val)
         assert kl > 0.05
         assert nb.iwae_bound(model, nb.x_val, nb.y_val, 2000).mean().item() == pytest.approx(bce, abs=0.02)
-    row = nb.unlabelled(models)
-    exact = torch.stack([without_z(nb, models[1], torch.full_like(nb.y_test, c)) for c in range(10)], 1)
-    mixture = -torch.logsumexp(-exact.double() - math.log(10), 1)
+
+    def exact(model, c):
+        logits = model.decode(torch.zeros(len(c), 20), c)
+        return -Bernoulli(logits=logits.double(), validate_args=False).log_prob(nb.x_test).sum(1)
+
+    row, each = nb.unlabelled(models), [exact(models[1], torch.full_like(nb.y_test, c)) for c in range(10)]
+    mixture = -torch.logsumexp(-torch.stack(each) - math.log(10), 0)
+    gain = exact(models[0], nb.y_test) - mixture
+    right = (torch.stack(each).argmin(0) == nb.y_test).float().mean().item()
     assert row["cvae_unlabelled_iwae"] == pytest.approx(mixture.mean().item(), abs=0.2)
-    right = (exact.argmin(1) == nb.y_test).float().mean().item()
     assert row["cvae_generative_accuracy"] == pytest.approx(right, abs=0.02)
-    gain = without_z(nb, models[0], nb.y_test).double() - mixture
     assert row["unlabelled_difference"] == pytest.approx(gain.mean().item(), abs=0.2)
     assert row["unlabelled_difference_se"] == pytest.approx(gain.std().item() / math.sqrt(len(gain)), rel=0.1)
 
 
-def linear_gaussian_model(nb, monkeypatch):
-    """Log-weights whose posterior is known: log p(x|z) = -|A z - x|^2 / 2 with 20 x 20 matrices A. Returns A."""
-    A = torch.randn(20, 20, generator=torch.Generator().manual_seed(0)) / 4 + torch.eye(20)
-
-    def log_weights(model, x, c, q, samples, noise, to_climb=False):
-        mu, log_diagonal, below = q
-        scale = torch.diag_embed(log_diagonal.exp()) + below.tril(-1)
-        eps = torch.randn(samples, *mu.shape, generator=noise)
-        z = mu + torch.einsum("nij,snj->sni", scale, eps)
-        log_joint = -0.5 * (z @ A.T - x[:, :20]).square().sum(-1) - 0.5 * z.square().sum(-1)
-        if to_climb:
-            slope = torch.linalg.inv(scale.detach()).mT @ eps[..., None]
-            return log_joint + (z * slope[..., 0]).sum(-1)
-        return log_joint + 0.5 * eps.square().sum(-1) + log_diagonal.sum(-1)
-
-    monkeypatch.setattr(nb, "log_weights", log_weights)
-    return A
-
-
 def test_gaps_are_the_known_ones_of_a_linear_gaussian_model(nb, models, monkeypatch):
-    """There the best diagonal q has the posterior's mean and the diagonal of its precision; the full one is exact."""
-    A = linear_gaussian_model(nb, monkeypatch)
+    """There the best diagonal q has the precision's diagonal and the full one is exact; the gaps say otherwise."""
+    A, encode = torch.zeros(784, 20), models[0].encode
+    A[300:320] = torch.randn(20, 20) / 4 + torch.eye(20)
+    model = SimpleNamespace(encode=encode, decode=lambda z, c: z @ A.T)
+    monkeypatch.setattr(F, "softplus", lambda t: 0.5 * t.square())  # so that log p(x|z) = x . A z - |A z|^2 / 2
     monkeypatch.setattr(nb, "GAP_STEPS", 400)
     monkeypatch.setattr(nb, "GAP_IMAGES", 50)
-    row = nb.gaps(models[0])
-    precision = A.T @ A + torch.eye(20)
-    covariance = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision)).item()
-    assert row["covariance_gap"] == pytest.approx(covariance, abs=0.15)
-    assert row["rest_gap"] == pytest.approx(0, abs=0.1)
-    x = nb.x_test[:50]
-    mu, logvar = models[0].encode(x)
-    error = mu - x[:, :20] @ A @ torch.linalg.inv(precision)
+    row, x, precision = nb.gaps(model), nb.x_test[:50], A.T @ A + torch.eye(20)
+    mu, logvar = encode(x)
+    error = mu - x @ A @ torch.linalg.inv(precision)
     away = (error @ precision * error).sum(1) + (logvar.exp() * precision.diagonal() - 1 - logvar).sum(1)
     amortisation = 0.5 * (away - precision.diagonal().log().sum()).mean().item()
+    covariance = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision)).item()
     assert row["amortisation_gap"] == pytest.approx(amortisation, rel=0.05, abs=0.15)
+    assert row["covariance_gap"] == pytest.approx(covariance, abs=0.15)
+    assert row["rest_gap"] == pytest.approx(0, abs=0.1)
 
 
 # Training
@@ -228,15 +174,33 @@ def test_training_stops_when_flat_and_ends_with_the_weights_that_were_best(tmp_p
     history = nb.fit("toy", model, seed=0)
     assert [row["epoch"] for row in history] == [2, 4, 6, 8]
     assert nb.best_of(history) == (sum(evaluate(model, nb.x_val, nb.y_val)), 2, "raw")
+    nb.fit("toy", again := nb.CVAE(), seed=0)  # goes on after the last epoch
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_averages_are_taken_every_few_steps_and_decay_with_each_step(tmp_path, monkeypatch):
+    nb = small_problem("hw5_vae", tmp_path, BATCH=32, AVERAGE_EVERY=3, DECAYS=(0.9,), VALIDATE_EVERY=1)
+    model, found, weights, step = nb.VAE(), {}, [], torch.optim.Adam.step
+
+    def record(*args):
+        step(*args)
+        weights.append(model.fc4.bias.detach().clone())
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    nb.epochs, nb.validate = lambda *_: [1], lambda candidates, *_: found.update(candidates)
+    nb.fit("toy", model, seed=0)
+    expected, *later = weights[2::3]
+    for weight in later:
+        expected = 0.9**3 * expected + (1 - 0.9**3) * weight
+    torch.testing.assert_close(found["EMA 0.9"].fc4.bias.detach(), expected)
 
 
 def test_a_collapsed_posterior_stops_the_training(nb, models):
-    vae, _ = models
-    for layer in vae.fc21, vae.fc22:
+    for layer in models[0].fc21, models[0].fc22:
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
     with pytest.raises(FloatingPointError, match="collapsed to the prior by epoch 5: try another SEED"):
-        nb.validate({"raw": vae}, vae, [{"epoch": 5}])
+        nb.validate({"raw": models[0]}, models[0], [{"epoch": 5}])
 
 
 def test_the_later_trainings_are_measured_once_and_enter_means_and_deviations(nb, monkeypatch):
@@ -248,10 +212,9 @@ def test_the_later_trainings_are_measured_once_and_enter_means_and_deviations(nb
     nb.over_runs("toy_", [1, 2, 3], size)
     assert nb.METRICS.pop("toy_size_other_runs") == [{"value": 2.0}, {"value": 3.0}]
     assert nb.METRICS == {"toy_value": 2, "toy_value_std": 1}
-    assert nb.told("toy_value") == "2.00 ± 1.00"
-    nb.over_runs("trained_", [4], size, trains=True)
-    assert nb.METRICS["trained_size"] == {"value": 4.0}, "the first, too, is taken once"
-    assert (nb.METRICS["trained_value_std"], nb.told("trained_value:.1%")) == (None, "400.0%")
+    nb.over_runs("one_", [4], size, trains=True)
+    assert nb.METRICS["one_size"] == {"value": 4.0}, "the first, too, is taken once"
+    assert (nb.told("toy_value"), nb.told("one_value:.1%")) == ("2.00 ± 1.00", "400.0%")
 
 
 # Codes
@@ -285,7 +248,7 @@ def test_a_mixture_bounds_the_divergence_from_below_and_one_gaussian_reaches_tha
 
 
 def test_ledger_of_codes_that_are_known(nb, monkeypatch):
-    """The class alone in the first dimension, far apart: all of log 10 nats; a standard normal elsewhere."""
+    """The class, alone in the first dimension and far apart, is not all of log 10 nats; elsewhere z is N(0, I)."""
     rng, made = np.random.default_rng(0), {}
     many = {name: np.arange(n) % 10 for name, n in (("train", 6000), ("val", 1000), ("test", 3000))}
     for name, y in many.items():
@@ -306,28 +269,26 @@ def test_ledger_of_codes_that_are_known(nb, monkeypatch):
 
 
 def test_verdicts(nb):
-    values = {0.75: "failed", 0.7: "failed", 0.6: "held in direction", 0.2: "held in direction", 0.15: "held"}
+    values = {0.8: "failed", 0.7: "failed", 0.6: "held in direction", 0.2: "held in direction", 0.15: "held"}
     assert {value: nb.verdict(0.75, value, 0.1) for value in values} == values
-    assert nb.verdict(0.75, 0.8, 0.1) == "failed"
 
 
 def test_labels_given_to_the_encoder(nb):
     c = torch.arange(10).repeat(500)
     assert torch.equal(nb.given(c, "true", 0), c)
     assert not nb.given(c, "one", 0).any()
-    wrong, drawn = nb.given(c, "wrong", 0), nb.given(c, "random", 0)
-    assert not (wrong == c).any()
-    for label in wrong, drawn:
+    for how, share in ("wrong", 0), ("random", 0.1):
+        label = nb.given(c, how, 0)
+        assert (label == c).double().mean() == pytest.approx(share, abs=0.2 * share)
         assert (torch.bincount(label, minlength=10) - 500).abs().max() < 100
-    assert (drawn == c).float().mean() == pytest.approx(0.1, abs=0.02)
-    assert not torch.equal(drawn, nb.given(c, "random", 1))
+        assert not torch.equal(label, nb.given(c, how, 1))
 
 
 def test_swaps_read_the_label_from_an_encoder_that_writes_it_and_the_class_from_one_that_does_not(nb):
     classes = {len(c): c for _, c in nb.SETS.values()}
 
     def write(x, c):
-        return 20 * torch.nn.functional.one_hot(c, 20).float(), None
+        return 20 * F.one_hot(c, 20).float(), None
 
     row = nb.swaps(SimpleNamespace(encode=write))
     assert row["swap_random_label_given"] == row["swap_wrong_label_given"] == row["swap_true_label_given"] == 1
