@@ -9,6 +9,7 @@ Tried and left out: to draw the RBM's chain on h alone, which is exact and needs
 
 import tempfile
 import time
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -101,7 +102,8 @@ def training(nb):
 
 def load(notebook, name, n, out):
     """A notebook that keeps and scores nothing, with n images, real or else random, and the textbook's set."""
-    nb = load_module(notebook, OUT=out, BATCH=128)
+    with redirect_stdout(None):  # what it says of the device would stand between the rows
+        nb = load_module(notebook, OUT=out, BATCH=128)
     if not Path(nb.DATA, name, "raw", FILES[0]).exists():
         nb.DATA = out
         publish(nb, name, idx_files(60000, 10000))
