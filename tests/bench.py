@@ -6,9 +6,9 @@ rounds. The last column: what the training achieves of the fastest matrix produc
 Tried and left out:
 - to draw the RBM's chain on h alone, which is exact and needs M normals a step, not 784. It was 1.3 (M = 256) to 1.8
   times as fast (M = 16), but hides the chain that the assignment asks for;
-- softplus(a) as relu(a) - log(sigmoid(|a|)), as log1p, which PyTorch's softplus and cross-entropy use, is the slowest
-  function of a step. The VAE was 1.2 and the RBM 1.15 times as fast, but the loss is no longer recognised at a
-  glance, and its gradient is wrong at a = 0.
+- softplus(a) as relu(a) - log(sigmoid(|a|)), as log1p, which PyTorch's softplus and cross-entropy use, was ten times
+  as slow as log. The VAE was 1.2 and the RBM 1.15 times as fast, but the loss is no longer recognised at a glance,
+  and its gradient is wrong at a = 0.
 """
 
 import tempfile
