@@ -43,18 +43,12 @@ def execute(cell, module):
     exec(compile(cell.source, f"{module.__name__}.ipynb, {cell.id}", "exec"), vars(module))
 
 
-def data_cell(notebook):
-    """The cell that loads the data and makes tensors of them."""
-    return next(cell for cell in code_cells(notebook) if cell.source.startswith("data = load_"))
-
-
-def load_module(notebook, data=False, **parameters):
-    """Execute parameters (overridden), shared, definition and, if asked, data cells as a module: nb.fit, nb.OUT."""
-    module, wanted = ModuleType(notebook), code_cells(notebook, "parameters", "shared", "definitions")
-    for cell in code_cells(notebook):
-        if cell in wanted or (data and cell == data_cell(notebook)):
-            execute(cell, module)
-        if "parameters" in cell.metadata.get("tags", []):
+def load_module(notebook, *more, **parameters):
+    """Execute parameters (overridden), shared, definition and more cells, by tag, as a module: nb.fit, nb.OUT."""
+    module = ModuleType(notebook)
+    for cell in code_cells(notebook, "parameters", "shared", "definitions", *more):
+        execute(cell, module)
+        if "parameters" in cell.metadata["tags"]:
             vars(module).update(parameters)
     return module
 
@@ -69,7 +63,7 @@ SMALL = {  # parameters of a small problem, and its number of training images
 def small_problem(notebook, out, **parameters):
     """A notebook's definitions with a few digits in place, so that something can be learned in seconds."""
     options, n = SMALL[notebook]
-    nb = load_module(notebook, data=True, DATA="demo", OUT=str(out), **options | parameters)
+    nb = load_module(notebook, "data", DATA="demo", OUT=str(out), **options | parameters)
     nb.x_train = nb.x_train[:n]
     if notebook == "hw5_gan":
         torch.manual_seed(0)
@@ -135,15 +129,6 @@ class DeviceRules(TorchDispatchMode):
             self.copies += len({t.device.type for t in [*before, *after]}) > 1
         return result
 
-    def read(self, value):
-        """A stand-in for a method of tensors that reads their number: this one, always."""
-
-        def reader(tensor):
-            self.copies += tensor.is_cuda
-            return value
-
-        return reader
-
 
 def to_cuda(module, *args, **options):
     """Module.to for fake tensors, whose data cannot be exchanged."""
@@ -163,13 +148,17 @@ def fake_gpu():
     Yields the DeviceRules. Every number read from a tensor is 1. Fake tensors have no backward pass, so it does
     nothing, and no optimiser has anything to do.
     """
+    rules = DeviceRules()
+
+    def item(tensor):
+        rules.copies += tensor.is_cuda
+        return 1.0
 
     def numpy(tensor):
         assert tensor.device.type == "cpu", "NumPy asked for a tensor on the GPU"
         return np.ones(tensor.shape, np.float32)
 
-    rules = DeviceRules()
-    methods = {"item": rules.read(1.0), "__bool__": rules.read(True), "numpy": numpy}
+    methods = {"item": item, "__bool__": lambda tensor: bool(item(tensor)), "numpy": numpy}
     read = patch.multiple(torch.Tensor, backward=lambda *_, **__: None, **methods)
     copied = patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True)
     with read, copied, patch.object(torch.nn.Module, "to", to_cuda), FakeTensorMode(), rules:
@@ -189,15 +178,6 @@ def offline(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     yield timeouts
     socket.setdefaulttimeout(None)
-
-
-@pytest.fixture(scope="session")
-def real_data():
-    """The data folder with the real files; skips the test where there is none."""
-    folder = Path(os.environ.get("HW5_DATA", ROOT / "data")).resolve()
-    if not all((folder / name / "raw" / FILES[1]).exists() for name in ("MNIST", "KMNIST", "FashionMNIST")):
-        pytest.skip("needs the real data: set HW5_DATA to the folder that holds them")
-    return str(folder)
 
 
 @pytest.fixture(autouse=True, scope="session")

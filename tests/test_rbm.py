@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import FILES, UNREACHABLE, data_cell, execute, idx_files, load_module, publish, small_problem
+from conftest import FILES, UNREACHABLE, code_cells, execute, idx_files, load_module, publish, small_problem
 from sklearn.decomposition import PCA
 from torch.distributions import Normal
 
@@ -239,21 +239,19 @@ def test_several_trainings_differ_in_their_seeds_and_are_all_judged(tmp_path):
 # What is measured
 
 
-def test_annealed_weights_have_mean_z_from_both_starts(nb, rbm, monkeypatch):
+def test_annealed_weights_have_mean_z_from_both_starts(nb, rbm):
     with torch.no_grad():
         rbm.W *= 1.5
         exact = nb.exact_log_z(rbm).item()
     for on in 0.5, 0.9:
-        log_weights = []
-        for seed in range(10):
-            monkeypatch.setattr(nb, "SEED", seed)
-            log_weights.append(nb.ais_log_weights(rbm, torch.full((M,), on)))
+        log_weights = [nb.ais_log_weights(rbm, torch.full((M,), on)) for _ in range(10)]
         weights = torch.exp(torch.cat(log_weights) - exact)
         assert weights.mean().item() == pytest.approx(1, abs=4 * weights.std().item() / math.sqrt(len(weights)))
         assert 0 < weights.std() < 3
-    estimate, apart = nb.ais_log_z(rbm)
+    estimate, apart, effective = nb.ais_log_z(rbm)
     assert estimate == pytest.approx(exact, abs=0.2)
     assert 0 < apart < 0.4
+    assert all(1 <= size <= nb.AIS_CHAINS for size in effective)
 
 
 def test_log_likelihood_is_that_of_sum_and_integral(nb, rbm):
@@ -302,6 +300,20 @@ def test_errors_of_means_add_in_quadrature(nb):
     assert (mean, error) == (2.5, pytest.approx(math.hypot(np.std([1, 2, 3, 4], ddof=1) / 2, 3)))
 
 
+def test_likelihoods_are_means_over_trainings_and_their_differences_paired(nb, monkeypatch):
+    a, b = torch.randn(2, 50)
+    rows = [{"loglik_test": nats} for nats in (1.0, 2.0, 4.0)]
+    stand_ins = {"PERSISTENT": "chains", "PPCA": "factors", "kinds": {"chains": {64: (..., ..., rows)}}}
+    stand_ins["scores"] = {"chains": {64: (a, 0.3)}, "factors": {64: (b, 0.0)}}
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(nb, name, value, raising=False)
+    for other, of_other in (None, torch.zeros(50)), ("factors", b):
+        mean, error = nb.likelihood("chains", 64, other)
+        assert mean == pytest.approx(7 / 3 - of_other.mean().item())
+        over_images, over_trainings = (a - of_other).std().item() / 50**0.5, np.std([1, 2, 4], ddof=1) / 3**0.5
+        assert error == pytest.approx(math.hypot(over_images, 0.3, over_trainings))
+
+
 # The data
 
 
@@ -309,7 +321,7 @@ def with_files(tmp_path, there):
     """The notebook on files of the true size and header, as far as they are there."""
     nb = load_module("hw5_rbm", OUT=str(tmp_path / "out"), DATA=str(tmp_path / "data"))
     publish(nb, "KMNIST", idx_files(60000, 10000), there)
-    execute(data_cell("hw5_rbm"), nb)
+    execute(*code_cells("hw5_rbm", "data"), nb)
     assert (nb.updates, len(list(nb.batches(nb.x_train[:, :1])))) == (25 * 469, 469)
     return nb
 

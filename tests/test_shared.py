@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FILES, NOTEBOOKS, UNREACHABLE, code_cells, idx_files, load_module, publish
+from conftest import FILES, NOTEBOOKS, UNREACHABLE, code_cells, execute, idx_files, load_module, publish
 
 MACHINES = [  # accelerator, whether CUDA has bf16 units, the processor's flags, PRECISION, whether bf16 is used
     ("cuda", True, "", "auto", True),
@@ -57,8 +57,8 @@ def test_local_files_come_first(nb, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("change", [lambda c: c[:-100], lambda c: c[:-1] + bytes([c[-1] ^ 1]), lambda c: b""])
-def test_truncated_altered_or_empty_local_file_is_named_and_refused(nb, change):
+@pytest.mark.parametrize("change", [lambda c: c[:-100], lambda c: c[:-1] + bytes([c[-1] ^ 1])])
+def test_truncated_or_altered_local_file_is_named_and_refused(nb, change):
     path = publish(nb, "MNIST", idx_files(60, 20)) / FILES[0]
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=rf"MNIST/raw/{FILES[0]} is truncated or altered: delete it"):
@@ -124,7 +124,7 @@ def test_demo_writes_under_runs_even_when_out_is_the_repository(nb, tmp_path, mo
 @pytest.fixture
 def kept(tmp_path):
     """The definitions with the demo in place, so that there is something to keep."""
-    return load_module(NOTEBOOKS[0], data=True, DATA="demo", OUT=str(tmp_path), SAVED=str(tmp_path / "demo"))
+    return load_module(NOTEBOOKS[0], "data", DATA="demo", OUT=str(tmp_path), SAVED=str(tmp_path / "demo"))
 
 
 def train(nb, stop=None, seed=0, length=3, **arguments):
@@ -143,8 +143,9 @@ def train(nb, stop=None, seed=0, length=3, **arguments):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_nothing_is_resumed_after_a_change_of_any_parameter_argument_or_of_the_data(notebook, tmp_path):
-    nb = load_module(notebook, data=True, DATA="demo", OUT=str(tmp_path))
+    nb = load_module(notebook, "data", DATA="demo", OUT=str(tmp_path))
     (cell,) = code_cells(notebook, "parameters")
+    execute(code_cells(notebook, "shared")[0], nb)  # as where all is run again
     assert sorted(nb.PARAMETERS) == sorted(re.findall(r"^([A-Z_\d]+) = ", cell.source, re.MULTILINE))
     for name in {*nb.PARAMETERS} - {"OUT", "NAME"}:  # these two name the folder of the state
         train(nb, stop=3)
@@ -195,7 +196,7 @@ def again(kept):
     assert kept.once("pairs", lambda: [(1, np.float64(0.5))]) == [[1, 0.5]], "as it will be read"
     kept.plt.figure().savefig(kept.data.out / "figures" / "picture.png")
     kept.finish("Answer", "picture", None)
-    return load_module(kept.NAME, data=True, DATA="demo", OUT=kept.OUT, TRAIN=False, SAVED=kept.SAVED)
+    return load_module(kept.NAME, "data", DATA="demo", OUT=kept.OUT, TRAIN=False, SAVED=kept.SAVED)
 
 
 def test_a_finished_run_leaves_metrics_and_weights_that_train_false_reads_and_no_state(again):
@@ -212,10 +213,12 @@ def test_a_finished_run_leaves_metrics_and_weights_that_train_false_reads_and_no
     assert not [path for path in Path(again.SAVED, "state").rglob("*") if path.is_file()]
 
 
-def test_metrics_of_another_split_are_refused(kept):
-    Path(kept.SAVED, "figures", f"{kept.NAME}_metrics.json").write_text('{"split": "default"}')
-    with pytest.raises(AssertionError, match="the saved run is of the split default: set TRAIN = True"):
-        load_module(kept.NAME, data=True, DATA="demo", OUT=kept.OUT, TRAIN=False, SAVED=kept.SAVED)
+@pytest.mark.parametrize(("key", "value"), [("split", "default"), ("runs", 99)])
+def test_metrics_of_another_run_are_refused(again, key, value):
+    path = Path(again.SAVED, "figures", f"{again.NAME}_metrics.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(AssertionError, match=f"another one, .*{value}.*set TRAIN = True"):
+        load_module(again.NAME, "data", DATA="demo", OUT=again.OUT, TRAIN=False, SAVED=again.SAVED)
 
 
 class Malicious:
@@ -223,15 +226,11 @@ class Malicious:
         return os.mkdir, ("was_run",)
 
 
-@pytest.mark.parametrize("fault", ["truncated", "of another shape", "of other names", "a program"])
-def test_a_checkpoint_that_does_not_fit_is_refused(again, tmp_path, monkeypatch, fault):
+@pytest.mark.parametrize("saved", [{"weight": torch.ones(2, 2)}, {"w": torch.ones(3, 2)}, {"weight": Malicious()}])
+def test_a_checkpoint_that_does_not_fit_is_named_and_refused(again, tmp_path, monkeypatch, capsys, saved):
     monkeypatch.chdir(tmp_path)
-    path = Path(again.SAVED, "checkpoints", "toy.pt")
-    states = {"of another shape": {"weight": torch.ones(2, 2)}, "of other names": {"w": torch.ones(3, 2)}}
-    if fault == "truncated":
-        path.write_bytes(path.read_bytes()[:-100])
-    else:
-        torch.save(states.get(fault, {"weight": Malicious()}), path)
+    torch.save(saved, Path(again.SAVED, "checkpoints", "toy.pt"))
     with pytest.raises((RuntimeError, pickle.UnpicklingError)):
         train_linear(again)
+    assert "toy.pt" in capsys.readouterr().out
     assert not Path("was_run").exists()

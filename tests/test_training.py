@@ -116,9 +116,9 @@ def beside_vae(nb, model, x, c):
 @pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:Accessing the data pointer")
 def test_everything_stays_on_a_gpu_and_no_step_waits_for_a_copy(notebook, bf16, tmp_path, monkeypatch):
     """Devices are mixed, or an epoch of more steps copies more. On fake tensors, so without the backward pass."""
-    nb, copies = small_problem(notebook, tmp_path), []
-    vars(nb).update(dict.fromkeys(("STEPS", "GAP_STEPS", "SWEEPS", "CHAIN_LENGTH", "AIS_STEPS"), 2), IWAE_SAMPLES=10)
-    vars(nb).update(EPOCHS=1, epochs=lambda *args, **arguments: [1], BF16=bf16, probe_accuracy=lambda network: 1.0)
+    short = dict.fromkeys(("STEPS", "GAP_STEPS", "SWEEPS", "CHAIN_LENGTH", "AIS_STEPS"), 2)
+    nb, copies = small_problem(notebook, tmp_path, EPOCHS=1, IWAE_SAMPLES=10, **short), []
+    vars(nb).update(epochs=lambda *args, **arguments: [1], BF16=bf16, probe_accuracy=lambda network: 1.0)
     monkeypatch.setattr(torch, "bincount", lambda x, minlength: torch.ones(minlength))  # fakes cannot be counted
     nb.frechet_distance, nb.density_and_coverage = lambda a, b: 1.0, lambda real, fake: (1.0, 1.0)  # nor compared
     with fake_gpu() as rules:

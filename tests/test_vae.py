@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import small_problem
+from conftest import load_module, small_problem
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 from torch.nn import functional as F
 
@@ -86,13 +86,6 @@ def test_log_weights_are_those_of_a_gaussian_with_full_covariance(nb, models):
     assert found.std().item() == pytest.approx(expected.std().item(), rel=0.05)
 
 
-def test_iwae_with_one_sample_is_the_elbo_and_more_samples_tighten_it(nb, models):
-    x, c = nb.x_val.repeat(20, 1), nb.y_val.repeat(20)
-    one = nb.iwae_bound(models[0], x, c, 1).mean().item()
-    assert one == pytest.approx(sum(nb.evaluate(models[0], nb.x_val, nb.y_val, draws=200)), rel=5e-3)
-    assert nb.iwae_bound(models[0], x, c, 50).mean() < one
-
-
 def test_iwae_reaches_the_exact_likelihood_where_that_is_known(nb, models):
     """With a decoder that ignores z but not the class, so that p(x|c) is known, the bound does not reach it."""
     for model in models:
@@ -140,14 +133,13 @@ def test_gaps_are_the_known_ones_of_a_linear_gaussian_model(nb, models, monkeypa
 # Training
 
 
-def test_validation_part_is_a_stratified_fifth_of_the_training_images(nb):
-    data, original = nb.load_fashion(), nb.load_data("FashionMNIST")
-    assert (len(data.x_train), len(data.x_val)) == (1200, 300)
-    share = torch.bincount(data.y_val) / torch.bincount(data.y_train)
+def test_validation_part_is_a_stratified_fifth_of_the_training_images(tmp_path):
+    nb = load_module("hw5_vae", "data", DATA="demo", OUT=str(tmp_path))
+    assert (len(nb.x_train), len(nb.x_val)) == (1200, 300)
+    share = torch.bincount(nb.y_val) / torch.bincount(nb.y_train)
     assert share.sub(0.25).abs().max() < 0.02
-    assert torch.equal(data.x_val, nb.load_fashion().x_val)
-    both = torch.cat([data.x_train, data.x_val])
-    assert sorted(map(bytes, both.flatten(1).numpy())) == sorted(map(bytes, original.x_train.flatten(1).numpy()))
+    both, images = torch.cat([nb.x_train, nb.x_val]), nb.data.x_train.flatten(1) / 255
+    assert sorted(both.tolist()) == sorted(images.tolist())
 
 
 def test_stopping_rule_and_choice_of_weights(nb):
@@ -270,7 +262,7 @@ def test_ledger_of_codes_that_are_known(nb, monkeypatch):
 
 def test_verdicts(nb):
     values = {0.8: "failed", 0.7: "failed", 0.6: "held in direction", 0.2: "held in direction", 0.15: "held"}
-    assert {value: nb.verdict(0.75, value, 0.1) for value in values} == values
+    assert {value: nb.verdict(0.75, value, 0.1)[0] for value in values} == values
 
 
 def test_labels_given_to_the_encoder(nb):
