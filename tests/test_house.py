@@ -37,7 +37,7 @@ def outputs(notebook):
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_committed_outputs_are_one_clean_real_run(notebook):
+def test_committed_outputs_are_in_order_clean_and_of_real_data(notebook):
     found, code = read_notebook(notebook), code_cells(notebook)
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
     assert not [o for o in outputs(notebook) if o.output_type == "error" or o.get("name") == "stderr"]
