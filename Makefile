@@ -10,7 +10,7 @@ NOTEBOOKS ?= $(wildcard hw5_*.ipynb)
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
 # The progress bar is papermill's, one for each notebook. Beside it stands what the notebook prints.
-EXECUTE = TQDM_DISABLE=1 .venv/bin/papermill --progress-bar --no-log-output --stdout-file /dev/stdout
+EXECUTE = TQDM_DISABLE=1 .venv/bin/papermill --progress-bar --no-log-output --stdout-file -
 
 # What papermill notes in an executed notebook, times and paths, is not committed. Outputs are.
 CLEAN = .venv/bin/nbstripout --keep-output --keep-count --keep-id \

@@ -145,7 +145,7 @@ def test_measure_counts_what_is_confidently_a_digit(nb, monkeypatch):
 
 
 def test_two_sample_test_sees_a_difference_only_where_there_is_one(nb, monkeypatch):
-    monkeypatch.setattr(nb, "STEPS", 60)
+    monkeypatch.setattr(nb, "steps", 60)
     halves = nb.x_pool[:1200].chunk(2)
     assert nb.two_sample_test(*halves) == pytest.approx(0.5, abs=0.1)
     assert nb.two_sample_test(halves[0], -halves[1]) > 0.95
@@ -207,7 +207,7 @@ def test_fine_tuning_starts_from_the_discriminator_leaves_it_as_it_is_and_labels
     before, rows = copy.deepcopy(features.state_dict()), nb.draw_rows(600, seed=0)
     monkeypatch.setattr(nb, "train_classifier", lambda n, *a: started.append(n[0].weight.clone()) or train(n, *a))
     for pretrained, steps in ([features], 2), (None, 60):
-        monkeypatch.setattr(nb, "STEPS", steps)
+        monkeypatch.setattr(nb, "steps", steps)
         learn = nb.end_to_end(pretrained, shifts=True)
         classify = learn(nb.x_pool[rows], nb.y_pool[rows], 0, rate=2e-3, dropout=0.0)
     assert [torch.equal(weight, before["0.weight"]) for weight in started] == [True, False]
