@@ -107,7 +107,7 @@ def test_iwae_reaches_the_exact_likelihood_where_that_is_known(nb, models):
     right = (torch.stack(each).argmin(0) == nb.y_test).float().mean().item()
     saved = (mixture - exact(models[1], nb.y_test)).mean().item()
     assert row["cvae_unlabelled_iwae"] == pytest.approx(mixture.mean().item(), abs=0.2)
-    assert row["label_saves"] == pytest.approx(saved, abs=0.2)
+    assert nb.label_saves(models[1]) == pytest.approx(saved, abs=0.2)
     assert row["cvae_generative_accuracy"] == pytest.approx(right, abs=0.02)
     assert row["unlabelled_difference"] == pytest.approx(gain.mean().item(), abs=0.2)
     assert row["unlabelled_difference_se"] == pytest.approx(gain.std().item() / math.sqrt(len(gain)), rel=0.1)
@@ -259,7 +259,7 @@ def test_ledger_of_codes_that_are_known(nb, monkeypatch):
     assert row["marginal_kl"] == pytest.approx(exact - math.log(10), abs=0.7)
     assert row["class_kl"] + row["rest_of_kl"] == pytest.approx(2000)
     assert row["same_class_neighbours"] == row["z_knn"] == row["mu_knn"] == 1
-    assert min(row[key] for key in ("mu_linear_probe", "z_linear_probe", "z_mlp")) > 0.98
+    assert row["mu_linear_probe"] > 0.99
 
 
 def test_verdicts(nb):
