@@ -25,7 +25,7 @@ def start(tmp_path):
         for name, source in notebooks.items():
             cell = nbformat.v4.new_code_cell(source, id="only")
             nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": KERNEL}), tmp_path / name)
-        command = f"make --assume-old=.venv/installed run HW5_DATA={data}".split()
+        command = f"make --no-print-directory --assume-old=.venv/installed run HW5_DATA={data}".split()
         command.append(f"NOTEBOOKS={' '.join(notebooks)}")
         output = {"stdout": (tmp_path / "log").open("w"), "stderr": subprocess.STDOUT}
         heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where tests run in the background
