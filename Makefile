@@ -9,8 +9,9 @@ PYTHON ?= python3
 NOTEBOOKS ?= $(wildcard hw5_*.ipynb)
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-# The progress bar is papermill's, one for each notebook. Beside it stands what the notebook prints.
-EXECUTE = TQDM_DISABLE=1 .venv/bin/papermill --progress-bar --no-log-output --stdout-file -
+# The progress bar is papermill's, one for each notebook, whose own are off where HW5_OUT is set. Beside it stands what
+# the notebook prints.
+EXECUTE = .venv/bin/papermill --log-level WARNING --progress-bar --no-log-output --stdout-file -
 
 # What papermill notes in an executed notebook, times and paths, is not committed. Outputs are.
 CLEAN = .venv/bin/nbstripout --keep-output --keep-count --keep-id \
@@ -68,4 +69,6 @@ lint: .venv/installed
 	@$(PYTHON) -m venv .venv
 	@$(PIP) -r requirements.txt -r tests/requirements.txt
 	@$(PIP) --no-deps sphinx-mathjax-offline  # MathJax; Sphinx is not needed
+	@mkdir -p .venv/etc/ipython  # here a kernel looks: no warning of each about the way it talks to papermill
+	@echo "c.IPKernelApp.log_level = 'ERROR'" > .venv/etc/ipython/ipython_kernel_config.py
 	@touch $@
