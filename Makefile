@@ -9,9 +9,10 @@ PYTHON ?= python3
 NOTEBOOKS ?= $(wildcard hw5_*.ipynb)
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-# The progress bar is papermill's, one for each notebook, whose own are off where HW5_OUT is set. Beside it stands what
-# the notebook prints.
-EXECUTE = .venv/bin/papermill --log-level WARNING --progress-bar --no-log-output --stdout-file -
+# The progress bar is papermill's, one for each notebook, whose own are off where HW5_OUT is set. What the notebook prints
+# stands behind it. It says nothing of the time to come, as cells take from nothing to many minutes.
+BAR = TQDM_BAR_FORMAT="{desc} {bar:20} {n}/{total} cells, {elapsed}  "
+EXECUTE = $(BAR) .venv/bin/papermill --log-level WARNING --progress-bar --no-log-output --stdout-file -
 
 # What papermill notes in an executed notebook, times and paths, is not committed. Outputs are.
 CLEAN = .venv/bin/nbstripout --keep-output --keep-count --keep-id \

@@ -54,7 +54,7 @@ def test_a_notebook_that_had_finished_on_the_same_data_is_left_as_it_is(start, t
         failed = start({"one.ipynb": "print('has run')", "two.ipynb": second}, data).wait() != 0
         log = (tmp_path / "log").read_text()
         assert log.startswith("one.ipynb"), "what was said before a notebook's output is lost"
-        assert "Executing: " in log, "no progress bar"
+        assert "Executing " in log, "no progress bar"
         assert "WARNING" not in log
         return failed, "has run" in log, "one.ipynb had finished" in log
 
