@@ -28,10 +28,8 @@ def start(tmp_path):
         command = f"make --no-print-directory --assume-old=.venv/installed run HW5_DATA={data}".split()
         command.append(f"NOTEBOOKS={' '.join(notebooks)}")
         output = {"stdout": (tmp_path / "log").open("w"), "stderr": subprocess.STDOUT}
-        environment = {key: value for key, value in os.environ.items() if key != "TQDM_DISABLE"}
         heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where tests run in the background
-        options = {"cwd": tmp_path, "env": environment, "start_new_session": True, "preexec_fn": heed}
-        return subprocess.Popen(command, **output, **options)
+        return subprocess.Popen(command, cwd=tmp_path, **output, start_new_session=True, preexec_fn=heed)
 
     return start
 
