@@ -71,5 +71,5 @@ lint: .venv/installed
 	@$(PIP) -r requirements.txt -r tests/requirements.txt
 	@$(PIP) --no-deps sphinx-mathjax-offline  # MathJax; Sphinx is not needed
 	@mkdir -p .venv/etc/ipython  # here a kernel looks: no warning of each about the way it talks to papermill
-	@echo "c.IPKernelApp.log_level = 'ERROR'" > .venv/etc/ipython/ipython_kernel_config.py
+	@echo "c.IPKernelApp.log_level = 'CRITICAL'" > .venv/etc/ipython/ipython_kernel_config.py
 	@touch $@
