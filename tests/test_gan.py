@@ -9,7 +9,6 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
-from conftest import small_problem
 from scipy.spatial.distance import cdist
 from torch import nn
 
@@ -37,10 +36,8 @@ def test_loss_is_finite_where_a_sigmoid_saturates(nb):
 def test_each_player_steps_along_its_own_gradient_only(nb, monkeypatch, penalty):
     """One plain step of fit() is not along gradients by a separate autograd.grad for each player."""
     monkeypatch.setattr(torch.optim, "Adam", lambda p, betas, fused, **up: torch.optim.SGD(p, **up))
-    options = {"score": lambda *_: {}, "BF16": False, "LEARNING_RATE": 0.01, "epochs": lambda *_, **__: [1]}
-    for name, value in options.items():
-        monkeypatch.setattr(nb, name, value)
-    monkeypatch.setattr(nb, "x_train", nb.x_train[: nb.BATCH])
+    nb.x_train, nb.LEARNING_RATE, nb.BF16 = nb.x_train[: nb.BATCH], 0.01, False
+    nb.epochs, nb.score = lambda *_, **__: [1], lambda *_: {}
     players = nb.new_gan(seed=0)
     generator, discriminator = copy.deepcopy(players)
     torch.manual_seed(3)
@@ -72,25 +69,23 @@ def test_learning_rate_and_dropout_are_constant_then_fall_to_zero_and_some_steps
         return step(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    monkeypatch.setattr(nb, "score", lambda *_: {})
-    monkeypatch.setattr(nb, "BATCH", 32)
-    monkeypatch.setattr(nb, "PENALTY_EVERY", 4)
-    monkeypatch.setattr(nb, "squared_slope", lambda *args: penalised.append(len(seen) // 2) or slope(*args))
+    nb.BATCH, nb.PENALTY_EVERY, nb.score = 32, 4, lambda *_: {}
+    nb.squared_slope = lambda *args: penalised.append(len(seen) // 2) or slope(*args)
     nb.fit("toy", generator, discriminator, seed=0, length=2, penalty=1.0, dropout=0.4)
     expected = np.minimum(1, 2 * (1 - np.arange(12) / 12)).repeat(2)  # twelve steps of two players
     np.testing.assert_allclose(seen, np.stack([expected, expected], 1))
     assert penalised == [0, 4, 6, 10]
 
 
-def test_a_discriminator_that_wins_stops_the_training(tmp_path):
-    nb = small_problem("hw5_gan", tmp_path, PATIENCE=4)  # steps, of which an epoch has three
-    nb.score = lambda *_: {}
+def test_a_discriminator_that_wins_stops_the_training(nb):
+    nb.PATIENCE, nb.score = 4, lambda *_: {}  # steps, of which an epoch has three
     nb.minimax_terms = lambda real, fake: (0 * real.mean(), 0 * fake.mean())
     with pytest.raises(FloatingPointError, match="toy: the discriminator won by epoch 2"):
         nb.fit("toy", *nb.new_gan(seed=0), seed=0, length=2, penalty=0.5)
 
 
 def test_score_is_by_validation_images_and_a_probe_that_has_learned(nb):
+    del nb.x_test, nb.y_test
     found = nb.score(*nb.new_gan(seed=0))
     assert 0 <= found["confident share"] <= 1 >= found["probe"] > 0.5
 
@@ -130,11 +125,10 @@ def test_density_and_coverage_against_scipy(nb):
     assert 0 < coverage < 1
 
 
-def test_measure_counts_what_is_confidently_a_digit(nb, monkeypatch):
+def test_measure_counts_what_is_confidently_a_digit(nb):
     """The shares are not those of the answers, which this ruler reads off the first pixels."""
-    ruler = nn.Sequential(nn.Flatten(), nn.Linear(784, 10, bias=False))
-    ruler[1].weight.data.copy_(torch.eye(10, 784))
-    monkeypatch.setattr(nb, "ruler", ruler)
+    nb.ruler = nn.Sequential(nn.Flatten(), nn.Linear(784, 10, bias=False))
+    nb.ruler[1].weight.data.copy_(torch.eye(10, 784))
     images = torch.full((40, 1, 28, 28), -1.0) + 0.01 * torch.randn(40, 1, 28, 28)
     for row in range(40):
         images[row, 0, 0, row % 4] = 4.3 if row % 2 else 2  # e^5.3 : 9 is more, e^3 : 9 less than 0.95 : 0.05
@@ -144,8 +138,8 @@ def test_measure_counts_what_is_confidently_a_digit(nb, monkeypatch):
     assert found["frechet"] == pytest.approx(0, abs=1e-6)
 
 
-def test_two_sample_test_sees_a_difference_only_where_there_is_one(nb, monkeypatch):
-    monkeypatch.setattr(nb, "steps", 60)
+def test_two_sample_test_sees_a_difference_only_where_there_is_one(nb):
+    nb.steps = 60
     halves = nb.x_pool[:1200].chunk(2)
     assert nb.two_sample_test(*halves) == pytest.approx(0.5, abs=0.1)
     assert nb.two_sample_test(halves[0], -halves[1]) > 0.95
@@ -179,7 +173,7 @@ def test_features_are_what_the_last_layer_sees_alone_or_in_company(nb):
     np.testing.assert_allclose(nb.codes(discriminator[:-1], nb.x_val[:1]), features[:1], atol=1e-4)
 
 
-def test_settings_are_chosen_by_the_first_draws_validation_accuracy_alone(nb, monkeypatch):
+def test_settings_are_chosen_by_the_first_draws_validation_accuracy_alone(nb):
     """A setting is chosen by test images or by another draw. Here settings say which accuracies they have."""
     asked, n = [], round(0.1 * len(nb.x_train))
 
@@ -187,29 +181,32 @@ def test_settings_are_chosen_by_the_first_draws_validation_accuracy_alone(nb, mo
         asked.append((draw, val, len(x)))
         return {id(nb.x_val): val, id(nb.x_test): test}
 
-    monkeypatch.setattr(nb, "accuracy", lambda accuracies, x, y: accuracies.get(id(x), 1.0))
+    nb.accuracy = lambda accuracies, x, y: accuracies.get(id(x), 1.0)
     settings = [{"val": 0.5, "test": 0.9}, {"val": 0.8, "test": 0.2}, {"val": 0.8, "test": 0.7}]
     accuracies = {"train": [1.0] * nb.DRAWS, "val": [0.8] * nb.DRAWS, "test": [0.2] * nb.DRAWS}
     assert nb.study(learn, settings) == {"setting": settings[1], **accuracies}
     assert asked == [(0, 0.5, n), (0, 0.8, n), (0, 0.8, n), *((draw, 0.8, n) for draw in range(1, nb.DRAWS))]
 
 
-def test_paired_differences_have_the_standard_error_of_the_mean(nb, monkeypatch):
+def test_paired_differences_have_the_standard_error_of_the_mean(nb):
     a, b = np.random.default_rng(0).normal(0.9, 0.1, (2, 5))
-    monkeypatch.setattr(nb, "METRICS", {"a_draws": a.tolist(), "b_draws": b.tolist()})
+    few = {"a_by_labels": {"0.01": (a + 1).tolist()}, "b_by_labels": {"0.01": b.tolist()}}
+    nb.METRICS = {"a_draws": a.tolist(), "b_draws": b.tolist()} | few
     difference, error = nb.paired("a", "b")
     assert difference / error == pytest.approx(scipy.stats.ttest_rel(a, b).statistic)
     assert difference == pytest.approx(100 * (a - b).mean())
+    assert nb.paired("a", "b", 0.01) == pytest.approx((difference + 100, error))
+    assert nb.compared("a", "b", "b") == f"not distinguishable from b ({difference:+.2f} ± {error:.2f} points)"
+    assert nb.compared("b", "a", "a", 0.01) == f"{difference + 100:.2f} ± {error:.2f} points below a"
 
 
-def test_fine_tuning_starts_from_the_discriminator_leaves_it_as_it_is_and_labels_are_learned(nb, monkeypatch):
+def test_fine_tuning_starts_from_the_discriminator_leaves_it_as_it_is_and_labels_are_learned(nb):
     features, started, train = nb.new_gan(seed=0)[1][:-1], [], nb.train_classifier
     before, rows = copy.deepcopy(features.state_dict()), nb.draw_rows(600, seed=0)
-    monkeypatch.setattr(nb, "train_classifier", lambda n, *a: started.append(n[0].weight.clone()) or train(n, *a))
+    nb.train_classifier = lambda network, *a: started.append(network[0].weight.clone()) or train(network, *a)
     for pretrained, steps in ([features], 2), (None, 60):
-        monkeypatch.setattr(nb, "steps", steps)
-        learn = nb.end_to_end(pretrained, shifts=True)
-        classify = learn(nb.x_pool[rows], nb.y_pool[rows], 0, rate=2e-3, dropout=0.0)
+        nb.steps, setting = steps, {"rate": 2e-3, "dropout": 0.0, "pretrained": pretrained, "shifts": True}
+        classify = nb.by_training(nb.x_pool[rows], nb.y_pool[rows], 0, **setting)
     assert [torch.equal(weight, before["0.weight"]) for weight in started] == [True, False]
     assert all(torch.equal(value, before[key]) for key, value in features.state_dict().items())
     assert nb.accuracy(classify, nb.x_val, nb.y_val) > 0.8
@@ -223,9 +220,9 @@ def test_random_network_has_measured_statistics(nb):
     assert network[0].weight.std().item() == pytest.approx(math.sqrt(2 / (1 + 0.2**2) / 16), rel=0.1)
 
 
-def test_autoencoder_reconstructs_better_and_is_trained_once(tmp_path):
-    nb, kept = small_problem("hw5_gan", tmp_path, LEARNING_RATE=5e-4), []
-    epochs = nb.epochs
+def test_autoencoder_reconstructs_better_and_is_trained_once(nb):
+    epochs, kept = nb.epochs, []
+    nb.LEARNING_RATE = 5e-4
     nb.epochs = lambda name, parts, history, *args: kept.append(history) or epochs(name, parts, history, *args)
     features = nb.autoencoder()
     assert nb.autoencoder() is features

@@ -10,9 +10,7 @@ from functools import partial
 
 import nbformat
 import pytest
-from conftest import ROOT
-
-KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+from conftest import NOTEBOOKS, ROOT, read_notebook
 
 
 @pytest.fixture
@@ -24,7 +22,8 @@ def start(tmp_path):
     def start(notebooks, data="demo"):
         for name, source in notebooks.items():
             cell = nbformat.v4.new_code_cell(source, id="only")
-            nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": KERNEL}), tmp_path / name)
+            metadata = read_notebook(NOTEBOOKS[0]).metadata
+            nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=metadata), tmp_path / name)
         command = f"make --no-print-directory --assume-old=.venv/installed run HW5_DATA={data}".split()
         command.append(f"NOTEBOOKS={' '.join(notebooks)}")
         output = {"stdout": (tmp_path / "log").open("w"), "stderr": subprocess.STDOUT}

@@ -23,9 +23,7 @@ MACHINES = [  # accelerator, whether CUDA has bf16 units, the processor's flags,
 
 
 @pytest.mark.parametrize(("device", "units", "flags", "precision", "used"), MACHINES)
-def test_bf16_is_used_where_the_device_has_the_units_or_it_is_told_to(
-    monkeypatch, device, units, flags, precision, used
-):
+def test_bf16_is_used_where_the_device_has_its_units(monkeypatch, device, units, flags, precision, used):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: device != "cpu")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(device))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: units or including_emulation)
@@ -48,12 +46,12 @@ def nb(tmp_path):
 def test_local_files_come_first(nb, capsys):
     files = idx_files(60, 20)
     publish(nb, "MNIST", files)
-    data = nb.load_data("MNIST")
+    data = nb.load_data(*nb.published)
     assert (data.split, data.label, data.banner, data.out) == ("default", "", "", Path(nb.OUT))
     assert (data.x_train.shape, data.x_train.dtype, data.y_train.dtype) == ((60, 28, 28), torch.uint8, torch.int64)
     assert data.x_test.numpy().tobytes() == files[FILES[1]][16:]
     assert data.y_test.tolist() == list(files[FILES[3]][8:])
-    assert data.blobs == dict(zip([f"MNIST/{file}" for file in FILES], nb.PUBLISHED["MNIST"][1:]))
+    assert data.blobs == dict(zip([f"MNIST/{file}" for file in FILES], nb.published[2]))
     assert capsys.readouterr().out == ""
 
 
@@ -62,19 +60,19 @@ def test_truncated_or_altered_local_file_is_named_and_refused(nb, change):
     path = publish(nb, "MNIST", idx_files(60, 20)) / FILES[0]
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=rf"MNIST/raw/{FILES[0]} is truncated or altered: delete it"):
-        nb.load_data("MNIST")
+        nb.load_data(*nb.published)
 
 
 def test_torchvision_comes_second(nb, offline, monkeypatch):
     files = idx_files(60, 20)
     publish(nb, "MNIST", files, there=[])
-    monkeypatch.setattr(nb, "fetch_openml", None)  # which is not asked
+    nb.fetch_openml = None  # which is not asked
     monkeypatch.setattr(nb.datasets.MNIST, "download", lambda self: publish(nb, "MNIST", files))
-    assert len(nb.load_data("MNIST").x_train) == 60
+    assert len(nb.load_data(*nb.published).x_train) == 60
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_openml_comes_third_and_its_order_is_checked(nb, offline, monkeypatch, order):
+def test_openml_comes_third_and_its_order_is_checked(nb, offline, order):
     files, asked = idx_files(60000, 10000), []
     raw = publish(nb, "KMNIST", files, there=[])
     train_x, test_x, train_y, test_y = (
@@ -82,12 +80,12 @@ def test_openml_comes_third_and_its_order_is_checked(nb, offline, monkeypatch, o
     )
     x, y = np.concatenate([train_x, test_x][::order]), np.concatenate([train_y, test_y][::order])
     answer = x.reshape(-1, 784), y.astype(str)  # as OpenML has them
-    monkeypatch.setattr(nb, "fetch_openml", lambda name, version, **_: asked.append((name, version)) or answer)
+    nb.fetch_openml = lambda name, version, **_: asked.append((name, version)) or answer
     if order == -1:
         with pytest.raises(ValueError, match="is truncated or altered: delete it"):
-            nb.load_data("KMNIST")
+            nb.load_data(*nb.published)
         return
-    data = nb.load_data("KMNIST")
+    data = nb.load_data(*nb.published)
     assert asked == [("Kuzushiji-MNIST", 1)]
     assert (data.split, len(data.x_train), len(data.x_test)) == ("default", 60000, 10000)
     assert all((raw / file).read_bytes() == files[file] for file in FILES)
@@ -95,7 +93,7 @@ def test_openml_comes_third_and_its_order_is_checked(nb, offline, monkeypatch, o
 
 def test_no_network_at_all_gives_the_labelled_demo(nb, offline, capsys, recwarn):
     """The real torchvision or scikit-learn does not fail in a line, or is left to wait for longer than it may."""
-    data = nb.load_data("FashionMNIST")
+    data = nb.load_data("FashionMNIST", "Fashion-MNIST", FILES)
     said = capsys.readouterr().out.splitlines()
     assert [line.startswith("failed: ") for line in said] == [False, True, False, True]
     assert said[0].endswith("trying torchvision's mirrors")
@@ -114,7 +112,7 @@ def test_no_network_at_all_gives_the_labelled_demo(nb, offline, capsys, recwarn)
 def test_demo_writes_under_runs_even_when_out_is_the_repository(nb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     nb.DATA, nb.OUT = "demo", "."
-    assert nb.load_data("MNIST").out == Path("runs/demo")
+    assert nb.load_data("MNIST", "mnist_784", FILES).out == Path("runs/demo")
     assert [str(path) for path in Path().iterdir()] == ["runs"]
 
 
