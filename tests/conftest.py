@@ -87,10 +87,7 @@ def nb(request, tmp_path):
 
 
 def run_notebook(notebook, folder, **parameters):
-    """Run a whole notebook into a folder, on the demo data. Returns the executed notebook.
-
-    Its t-SNE maps, of which no number is taken, are left unfinished.
-    """
+    """Run a whole notebook into a folder, on the demo data, its t-SNE maps unfinished. Returns it executed."""
     parameters = {"OUT": str(folder), "DATA": "demo", **parameters}
     source = (ROOT / f"{notebook}.ipynb").read_text().replace("TSNE(random", "TSNE(max_iter=250, random")
     target = folder / f"{notebook}.ipynb"
@@ -148,11 +145,7 @@ def to_cuda(module, *args, **options):
 
 @contextmanager
 def fake_gpu():
-    """A CUDA device of fake tensors: no GPU is needed, mixed devices, float64 and NumPy on the device are refused.
-
-    Every number read from a tensor is 1. Fake tensors have no backward pass, so it does nothing, and no optimiser
-    has anything to do.
-    """
+    """A CUDA device of fake tensors: no mixed devices, float64 or NumPy; no backward pass; each number read is 1."""
 
     def numpy(tensor):
         assert tensor.device.type == "cpu", "NumPy asked for a tensor on the GPU"

@@ -29,6 +29,8 @@ def test_notebook_is_self_contained(notebook):
     modules = {m for c in code for m in re.findall(r"^(?:from|import) (\w+)", c.source, re.MULTILINE)}
     known = {"IPython", "matplotlib", "numpy", "pandas", "scipy", "sklearn", "torch", "torchvision", "tqdm"}
     assert modules - {*sys.stdlib_module_names} <= known
+    loads = re.findall(r"torch\.load\(.*", "\n".join(c.source for c in code))
+    assert all("weights_only=True" in load for load in loads)
 
 
 def outputs(notebook):

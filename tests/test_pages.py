@@ -18,26 +18,18 @@ REPORT = """<script>MathJax.startup.promise.then(() => {
 });</script>"""
 
 
-@pytest.fixture(scope="module", params=pages.SOURCES, ids=lambda source: source.stem)
-def page(request, tmp_path_factory):
-    """One page: its path, and how many figures its source shows."""
-    cells = nbformat.read(request.param, as_version=4).cells if request.param.suffix == ".ipynb" else []
+@pytest.mark.parametrize("source", pages.SOURCES, ids=lambda source: source.stem)
+def test_page_needs_nothing_from_elsewhere_and_shows_all(source, tmp_path):
+    cells = nbformat.read(source, as_version=4).cells if source.suffix == ".ipynb" else []
     figures = sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
-    return pages.render(request.param, tmp_path_factory.mktemp("html")), figures
-
-
-def test_page_needs_nothing_from_elsewhere(page):
-    path, figures = page
+    path = pages.render(source, tmp_path)
     html = re.sub(r"<script.*?</script>", "", path.read_text(), flags=re.DOTALL)
     assert not re.search(r'(src|href)="(?!data:|#|https://|[\w.]+\.html["#])', html)
     assert not re.search(r'<(script|img|link)[^>]*(src|href)="http', path.read_text())
     assert "IPython.core" not in html
     assert html.count("<img ") == figures
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium, to look at the pages in it")
-def test_page_in_a_browser(page):
-    path, figures = page
+    if not CHROMIUM:
+        pytest.skip("needs Chromium, to look at the page in it")
     path.write_text(path.read_text().replace("</body>", f"{REPORT}</body>"))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
     command += ["--enable-logging=stderr", "--dump-dom", path.as_uri()]

@@ -1,14 +1,11 @@
-"""The RBM notebook's own code: derivations.md, equation by equation, then the training, what is measured, the data.
-
-The equations are held against sums over all states and integrals over a grid, which start from the energy alone.
-"""
+"""The RBM notebook's own code; derivations.md is held against sums and integrals of the energy alone."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import FILES, UNREACHABLE, code_cells, execute, idx_files, load_module, publish
+from conftest import FILES, code_cells, execute, idx_files, load_module, publish
 from sklearn.decomposition import PCA
 from torch.distributions import Normal
 
@@ -321,9 +318,8 @@ def test_default_split(tmp_path, offline):
     assert (nb.x_train.min(), nb.x_train.max()) == (0, 1)
 
 
-def test_stand_in_split_is_stratified_and_labelled_everywhere(tmp_path, offline, capsys):
+def test_stand_in_split_is_stratified_and_labelled_everywhere(tmp_path, offline):
     nb = with_files(tmp_path, there=FILES[1::2])
-    assert UNREACHABLE in capsys.readouterr().out
     assert (nb.data.split, len(nb.x_train), len(nb.x_test)) == ("t10k-only 6:1", 8572, 1428)
     assert {*nb.data.blobs} == {f"KMNIST/{file}" for file in FILES[1::2]}
     assert nb.load_data(*nb.published).split == "demo", "training images may be missing only if asked"

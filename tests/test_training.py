@@ -1,6 +1,5 @@
 """What holds for the training of every notebook: it learns, repeats itself, survives a kill, and suits a GPU."""
 
-import signal
 import subprocess
 import sys
 import time
@@ -63,7 +62,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_numbers(uninterrupted, tmp_path,
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.002)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.wait()
     done = len(torch.load(state, weights_only=True)["history"])
     assert 1 <= done < SMALL[notebook][0]["EPOCHS"]
     assert_same(fit(notebook, tmp_path), expected)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_module, small_problem
-from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Bernoulli, Normal, kl_divergence
 from torch.nn import functional as F
 
 
@@ -57,31 +57,17 @@ def test_forward_samples_with_the_encoders_mean_and_spread(nb, models):
 # Bounds
 
 
-def densities(model, x, c, q, n):
-    """log p(x, z|c) - log q(z) for draws of z from a torch distribution q over R^20, for one image: (n,)."""
-    z = q.sample((n,))
-    log_p_x = Bernoulli(logits=model.decode(z, c.expand(n)), validate_args=False).log_prob(x).sum(1)
-    return log_p_x + Normal(0.0, 1.0).log_prob(z).sum(1) - q.log_prob(z)
-
-
 def test_elbo_by_monte_carlo_over_densities(nb, models):
     x, c = nb.x_val[:1], nb.y_val[:1]
     for model in models:
         mu, logvar = model.encode(x, c)
-        terms = -densities(model, x, c, MultivariateNormal(mu[0], torch.diag(logvar[0].exp())), 20000)
+        q = Normal(mu[0], torch.exp(0.5 * logvar[0]))
+        z = q.sample((20000,))
+        log_p_x = Bernoulli(logits=model.decode(z, c.expand(20000)), validate_args=False).log_prob(x)
+        terms = (q.log_prob(z) - Normal(0.0, 1.0).log_prob(z)).sum(1) - log_p_x.sum(1)
         error = (terms.std() / math.sqrt(len(terms))).item()
         assert sum(nb.evaluate(model, x, c, draws=2000)) == pytest.approx(terms.mean().item(), abs=6 * error + 1e-3)
         assert error < 0.3
-
-
-def test_log_weights_are_those_of_a_gaussian_with_full_covariance(nb, models):
-    x, c = nb.x_val[:1], nb.y_val[:1]
-    mu, log_diagonal, below = torch.randn(1, 20), 0.3 * torch.randn(1, 20) - 1, 0.1 * torch.randn(1, 20, 20)
-    q = MultivariateNormal(mu[0], scale_tril=below[0].tril(-1) + torch.diag(log_diagonal[0].exp()))
-    expected = densities(models[1], x, c, q, 20000)
-    found = nb.log_weights(models[1], x, c, (mu, log_diagonal, below), 20000, torch.Generator().manual_seed(0))[:, 0]
-    assert found.mean().item() == pytest.approx(expected.mean().item(), abs=8 * found.std().item() / 141)
-    assert found.std().item() == pytest.approx(expected.std().item(), rel=0.05)
 
 
 def test_iwae_reaches_the_exact_likelihood_where_that_is_known(nb, models):
@@ -227,17 +213,6 @@ def test_neighbours_are_the_nearest_others(nb, models):
     np.testing.assert_allclose(found, np.sort(distances, axis=1)[:, :9], rtol=1e-4, atol=1e-6)
 
 
-def test_a_mixture_bounds_the_divergence_from_below_and_one_gaussian_reaches_that_of_a_gaussian(nb):
-    rng = np.random.default_rng(0)
-    mixing = rng.normal(size=(3, 3)) / 2
-    train, test = (rng.normal(0.5, 1, (20000, 3)) @ mixing for _ in range(2))
-    q = MultivariateNormal(torch.tensor(0.5 * mixing.sum(0)), torch.tensor(mixing.T @ mixing))
-    prior = MultivariateNormal(torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
-    assert nb.mixture_bound(1, train, test) == pytest.approx(kl_divergence(q, prior).item(), abs=0.05)
-    two = [draws + 4 * np.sign(rng.normal(size=(len(draws), 1))) for draws in (train, test)]
-    assert nb.mixture_bound(2, *two) > nb.mixture_bound(1, *two) + 0.1
-
-
 @pytest.mark.filterwarnings("ignore:lbfgs failed to converge")  # of codes that a line separates
 def test_ledger_of_codes_that_are_known(nb):
     """The class, alone in the first dimension and far apart, is not all of log 10 nats; elsewhere z is N(0, I)."""
@@ -265,19 +240,12 @@ def test_verdicts(nb):
 
 def test_labels_given_to_the_encoder(nb):
     c = torch.arange(10).repeat(500)
-    nb.SETS = dict.fromkeys(("train", "val", "test"), (c, c))
-    told = {}
-    for how in "true", "one", "wrong", "random":
-        codes, label = nb.mu_given(SimpleNamespace(encode=lambda x, c: (c, None)), "test", how)
-        np.testing.assert_array_equal(codes, label)
-        told[how] = torch.from_numpy(label)
-        again = nb.mu_given(SimpleNamespace(encode=lambda x, c: (c, None)), "train", how)[1]
-        assert (label == again).all() == (how in ("true", "one"))
-    assert torch.equal(told["true"], c)
-    assert not told["one"].any()
-    for how, share in ("wrong", 0), ("random", 0.1):
-        assert (told[how] == c).double().mean() == pytest.approx(share, abs=0.2 * share)
-        assert (torch.bincount(told[how], minlength=10) - 500).abs().max() < 100
+    nb.SETS["test"] = c, c
+    for how, share in ("true", 1), ("one", 0.1), ("wrong", 0), ("random", 0.1):
+        mu, label = nb.mu_given(SimpleNamespace(encode=lambda x, c: (c, None)), "test", how)
+        np.testing.assert_array_equal(mu, label)
+        assert (label == c.numpy()).mean() == pytest.approx(share, abs=0.02 if how == "random" else 0)
+        assert how == "one" or abs(np.bincount(label) - 500).max() < 100
 
 
 def test_swaps_read_the_label_from_an_encoder_that_writes_it_and_the_class_from_one_that_does_not(nb):
