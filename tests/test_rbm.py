@@ -232,12 +232,12 @@ def test_several_trainings_differ_in_their_seeds_and_are_all_judged(nb):
 # What is measured
 
 
-def test_annealed_weights_have_mean_z_from_both_starts(nb, rbm):
+def test_annealed_weights_have_mean_z_from_any_start(nb, rbm):
     with torch.no_grad():
         rbm.W *= 1.5
         exact = nb.exact_log_z(rbm).item()
     for on in 0.5, 0.9:
-        log_weights = [nb.ais_log_weights(rbm, torch.full((M,), on)) for _ in range(10)]
+        log_weights = [nb.ais(rbm, torch.full((M,), on))[0] for _ in range(10)]
         weights = torch.exp(torch.cat(log_weights) - exact)
         assert weights.mean().item() == pytest.approx(1, abs=4 * weights.std().item() / math.sqrt(len(weights)))
         assert 0 < weights.std() < 3

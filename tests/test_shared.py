@@ -134,7 +134,7 @@ def test_nothing_is_resumed_after_a_change_of_any_parameter_argument_or_of_the_d
         assert train(nb, stop=3) == 2, "it is resumed as long as nothing changes"
         value = getattr(nb, name)
         longer = {tuple: (1,), str: "!"}.get(type(value), 1)
-        setattr(nb, name, value + longer)
+        setattr(nb, name, {} if isinstance(value, dict) else value + longer)
         assert train(nb, stop=3) == 0, name
     for change in {"seed": 1}, {"length": 4}, {"option": 1}:
         train(nb, stop=3)
