@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FILES, code_cells, execute, idx_files, load_module, publish
-from sklearn.decomposition import PCA
+from sklearn.decomposition import PCA, FactorAnalysis
 from torch.distributions import Normal
 
 D, M = 2, 6
@@ -267,16 +267,18 @@ def test_errors_by_plain_numpy(nb, rbm):
     assert row["bits_mse_test"] == pytest.approx(np.mean((x - (b + sigma * ((hidden > 0.5) @ W))) ** 2), rel=1e-5)
 
 
-def test_ppca_and_diagonal_gaussian_are_the_densities_they_say_and_have_a_floor(nb):
+def test_linear_and_diagonal_gaussians_are_the_densities_they_say_and_have_a_floor(nb):
     train, test = torch.rand(500, 5) @ torch.randn(5, 12) + torch.randn(500, 12), torch.randn(60, 12)
     nb.x_train, nb.x_test, nb.dequantise = train, test, lambda x, seed=0: x
-    expected = PCA(3, svd_solver="full").fit(train.double().numpy()).score_samples(test.double().numpy())
-    np.testing.assert_allclose(nb.ppca(3).numpy(), expected, rtol=1e-6)
+    models = PCA(3, svd_solver="full"), FactorAnalysis(3)
+    for model in models:
+        expected = model.fit(train.double().numpy()).score_samples(test.double().numpy())
+        np.testing.assert_allclose(nb.linear_gaussian(model).numpy(), expected, rtol=1e-6)
     assert_close(nb.diagonal_gaussian(), Normal(train.mean(0), train.std(0)).log_prob(test).sum(1))
     train *= 0.01
     test *= 0.01
     best = 12 * Normal(0.0, nb.SIGMA_MIN).log_prob(torch.tensor(0.0)).item()
-    assert max(nb.ppca(3).max(), nb.diagonal_gaussian().max()) <= best + 1e-4
+    assert max(values.max() for values in (*map(nb.linear_gaussian, models), nb.diagonal_gaussian())) <= best + 1e-4
 
 
 def test_dequantised_pixels_keep_their_grey_level(nb):
