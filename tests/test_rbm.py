@@ -130,6 +130,22 @@ def test_equation_15_persistent_chains(nb, rbm):
     assert not torch.equal(chains.h, states)
 
 
+def test_persistent_chains_start_again_at_random_bits(nb, rbm):
+    """The first chain does not live 10 updates on average, the last 1000, those between on a log scale."""
+    chains = nb.PersistentChains(M, chains=400_000, sweeps=0)
+    chains.h.fill_(2)  # which no bit is
+    chains(rbm, None)
+    anew = (chains.h != 2).all(1)
+    assert torch.equal(anew, (chains.h != 2).any(1))
+    for part in range(4):
+        expected = np.mean(1 / np.geomspace(10, 1000, 400_000)[100_000 * part :][:100_000])
+        assert anew[100_000 * part :][:100_000].float().mean().item() == pytest.approx(expected, rel=0.3)
+    torch.testing.assert_close(chains.h[anew].mean(0), torch.full((M,), 0.5), atol=0.05, rtol=0)
+    kept = nb.PersistentChains(M, sweeps=0, restarts=False)
+    kept(rbm, None)
+    assert not kept.h.any()
+
+
 def test_equation_16_one_hidden_unit_given_the_others(nb, rbm):
     _, own, pairs = nb.hidden_model(rbm)
     p, found = p_of_h(rbm).view(M * [2]), torch.sigmoid(own + HIDDEN @ pairs).view(*M * [2], M)
@@ -180,6 +196,14 @@ def test_samples_are_of_the_model(nb, rbm):
     torch.testing.assert_close(nb.sample_hidden(large, 5000).mean(0), torch.sigmoid(large.alpha), atol=0.04, rtol=0)
     ends = nb.chain_ends(rbm, nb.x_test)
     assert (ends.shape, ends.unique().tolist()) == ((len(nb.x_test), M), [0, 1])
+
+
+def test_samples_beside_codes(nb, rbm):
+    """Codes differ from codes, or samples that are off do not differ by how often the units are on in codes."""
+    nb.x_test = torch.rand(20_000, D)
+    p = torch.sigmoid(rbm.requires_grad_(False).hidden_input(nb.x_test))
+    assert nb.beside_codes(rbm, torch.bernoulli(p)) == pytest.approx((1, 0), abs=0.03)
+    assert nb.beside_codes(rbm, torch.zeros(9, M)) == pytest.approx((0, p.mean().item()), abs=0.01)
 
 
 # Training
