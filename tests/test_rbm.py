@@ -316,7 +316,7 @@ def test_likelihoods_are_means_over_trainings_and_their_differences_paired(nb):
     a, b = torch.randn(2, 50)
     nb.test_scores = lambda rbm: (a, 0.3)
     chains = nb.scored(None, [{"loglik_test": nats} for nats in (1.0, 2.0, 4.0)], between=9.0)
-    assert nb.scored(None, [{}, {}], between=9.0) == ([a.mean().item()], a, 0.3, 9.0)
+    assert nb.scored(None, [{"loglik_test": a.mean().item()}], between=9.0) == ([a.mean().item()], a, 0.3, 9.0)
     for other, of_other in (None, torch.zeros(50)), ((b.mean().item(), b), b):
         mean, error = nb.likelihood(chains, other)
         assert mean == pytest.approx(7 / 3 - of_other.mean().item())
