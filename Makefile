@@ -52,7 +52,7 @@ report: OUT = runs/report
 report: .venv/installed
 	$(call execute,$(replace))
 
-test: .venv/installed
+test: lint
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses=2 --dist=loadgroup
 
 html: .venv/installed

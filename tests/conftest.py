@@ -28,11 +28,6 @@ FILES = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte", "train-labels-idx1-
 UNREACHABLE = "network is unreachable"
 
 
-def pytest_collection_modifyitems(items):
-    """Whole notebooks first: they take longest."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
-
-
 @cache
 def read_notebook(notebook):
     return nbformat.read(ROOT / f"{notebook}.ipynb", as_version=4)
@@ -97,7 +92,6 @@ def run_notebook(notebook, folder, **parameters):
 
 
 def read_metrics(folder, notebook):
-    """The metrics file that a run left in a folder."""
     return json.loads((folder / "figures" / f"{notebook}_metrics.json").read_text())
 
 
@@ -136,10 +130,9 @@ class NoDouble(TorchDispatchMode):
 def to_cuda(module, *args, **options):
     """Module.to for fake tensors, whose data cannot be exchanged."""
     for part in module.modules():
-        for key, value in part.named_parameters(recurse=False):
-            part._parameters[key] = torch.nn.Parameter(value.detach().to("cuda"), value.requires_grad)
-        for key, value in part.named_buffers(recurse=False):
-            part._buffers[key] = value.to("cuda")
+        weights, buffers = part.named_parameters(recurse=False), part.named_buffers(recurse=False)
+        part._parameters.update({k: torch.nn.Parameter(p.detach().to("cuda"), p.requires_grad) for k, p in weights})
+        part._buffers.update({k: b.to("cuda") for k, b in buffers})
     return module
 
 

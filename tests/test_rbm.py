@@ -53,11 +53,7 @@ def assert_close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
-# derivations.md
-
-
 def test_equations_2_and_4_visible_given_hidden(rbm):
-    """p(v|h) is not the product of the integral forms (2), or these are not the Gaussians (4)."""
     (W, b, _, sigma), p, x = theta(rbm), joint(theta(rbm)), AXIS[:, None]
     f = x / sigma * (HIDDEN.double() @ W)[:, None] - (x - b) ** 2 / (2 * sigma**2)
     integral_form = torch.softmax(f, 1) / STEP  # (2^M, len(AXIS), D)
@@ -113,21 +109,15 @@ def test_equations_11_and_12_log_z_and_log_f(nb, rbm):
     (W, b, alpha, sigma), weights, h = theta(rbm), joint(theta(rbm)).sum(1), HIDDEN.double()
     exponents = h @ alpha + h @ W @ (b / sigma) + 0.5 * (h @ W).square().sum(1)
     by_formula = torch.log(math.sqrt(2 * math.pi) * sigma).sum() + torch.logsumexp(exponents, 0)
-    for found in by_formula, nb.exact_log_z(rbm):
-        assert_close(found, torch.log(weights.sum()))
+    assert_close(by_formula, torch.log(weights.sum()))
     assert_close(nb.log_f(rbm, HIDDEN), torch.log(weights))
 
 
 def test_equation_15_persistent_chains(nb, rbm):
-    """The loss is not the mean of log f at the chains' states, or the chains do not go on."""
     chains = nb.PersistentChains(M, sweeps=2)
-    value, states = chains(rbm, None), chains.h.clone()
-    assert states.any()
-    expected = nb.log_f(rbm, states).mean()
-    assert_close(value, expected)
-    assert_close(torch.autograd.grad(value, rbm.W), torch.autograd.grad(expected, rbm.W))
-    chains(rbm, None)
-    assert not torch.equal(chains.h, states)
+    found = torch.autograd.grad(chains(rbm, None), rbm.W)
+    assert chains.h.any()
+    assert_close(found, torch.autograd.grad(nb.log_f(rbm, chains.h).mean(), rbm.W))
 
 
 def test_persistent_chains_start_again_at_random_bits(nb, rbm):
@@ -146,6 +136,18 @@ def test_persistent_chains_start_again_at_random_bits(nb, rbm):
     assert not kept.h.any()
 
 
+def test_one_gibbs_step_samples_both_conditionals(rbm):
+    """From one image, mean and covariance over many steps are not those of the mixture over h."""
+    v = torch.rand(D)
+    with torch.no_grad():
+        p, means = torch.softmax(-energy(theta(rbm), v, HIDDEN), 0), rbm.visible_mean(HIDDEN).double()
+    away = means - p @ means
+    drawn = rbm.gibbs(v.expand(100_000, -1), 1).double()
+    torch.testing.assert_close(drawn.mean(0), p @ means, atol=0.02, rtol=0)
+    expected = torch.einsum("n,ni,nj->ij", p, away, away) + torch.diag(theta(rbm)[3] ** 2)
+    torch.testing.assert_close(torch.cov(drawn.T), expected, atol=0.02, rtol=0.02)
+
+
 def test_equation_16_one_hidden_unit_given_the_others(nb, rbm):
     _, own, pairs = nb.hidden_model(rbm)
     p, found = p_of_h(rbm).view(M * [2]), torch.sigmoid(own + HIDDEN @ pairs).view(*M * [2], M)
@@ -157,21 +159,6 @@ def test_equation_17_images_less_a_constant(nb, rbm):
     v, origin, before = torch.rand(5, 1, D), torch.rand(D), theta(rbm)
     nb.translate(rbm, origin)
     assert_close(energy(theta(rbm), v - origin, HIDDEN), energy(before, v, HIDDEN))
-
-
-# The chains
-
-
-def test_one_gibbs_step_samples_both_conditionals(rbm):
-    """From one image, mean and covariance over many steps are not those of the mixture over h."""
-    v = torch.rand(D)
-    with torch.no_grad():
-        p, means = torch.softmax(-energy(theta(rbm), v, HIDDEN), 0), rbm.visible_mean(HIDDEN).double()
-    away = means - p @ means
-    drawn = rbm.gibbs(v.expand(100_000, -1), 1).double()
-    torch.testing.assert_close(drawn.mean(0), p @ means, atol=0.02, rtol=0)
-    expected = torch.einsum("n,ni,nj->ij", p, away, away) + torch.diag(theta(rbm)[3] ** 2)
-    torch.testing.assert_close(torch.cov(drawn.T), expected, atol=0.02, rtol=0.02)
 
 
 def test_a_sweep_leaves_p_of_h_as_it_is_and_reaches_it(nb, rbm):
@@ -187,15 +174,14 @@ def test_a_sweep_leaves_p_of_h_as_it_is_and_reaches_it(nb, rbm):
 
 
 def test_samples_are_of_the_model(nb, rbm):
-    nb.SWEEPS, nb.CHAIN_LENGTH = 30, 3
+    nb.SWEEPS = nb.CHAIN_LENGTH = 30
     expected = (p_of_h(rbm) @ HIDDEN.double()).float()
     torch.testing.assert_close(nb.sample_hidden(rbm, 5000).mean(0), expected, atol=0.04, rtol=0)
     large = nb.new_rbm(20, seed=0).requires_grad_(False)
     large.W.zero_()  # so that the units are independent
     large.alpha.normal_()
     torch.testing.assert_close(nb.sample_hidden(large, 5000).mean(0), torch.sigmoid(large.alpha), atol=0.04, rtol=0)
-    ends = nb.chain_ends(rbm, nb.x_test)
-    assert (ends.shape, ends.unique().tolist()) == ((len(nb.x_test), M), [0, 1])
+    torch.testing.assert_close(nb.chain_ends(rbm, torch.rand(5000, D)).mean(0), expected, atol=0.04, rtol=0)
 
 
 def test_samples_beside_codes(nb, rbm):
@@ -204,9 +190,6 @@ def test_samples_beside_codes(nb, rbm):
     p = torch.sigmoid(rbm.requires_grad_(False).hidden_input(nb.x_test))
     assert nb.beside_codes(rbm, torch.bernoulli(p)) == pytest.approx((1, 0), abs=0.03)
     assert nb.beside_codes(rbm, torch.zeros(9, M)) == pytest.approx((0, p.mean().item()), abs=0.01)
-
-
-# Training
 
 
 def test_start_is_the_templates_and_the_rules(nb):
@@ -253,9 +236,6 @@ def test_several_trainings_differ_in_their_seeds_and_are_all_judged(nb):
     assert nb.plus_minus(rows, "mse_test", 5) == f"{np.mean(errors):.5f} ± {np.std(errors, ddof=1):.5f}"
 
 
-# What is measured
-
-
 def test_annealed_weights_have_mean_z_from_any_start(nb, rbm):
     with torch.no_grad():
         rbm.W *= 1.5
@@ -265,10 +245,9 @@ def test_annealed_weights_have_mean_z_from_any_start(nb, rbm):
         weights = torch.exp(torch.cat(log_weights) - exact)
         assert weights.mean().item() == pytest.approx(1, abs=4 * weights.std().item() / math.sqrt(len(weights)))
         assert 0 < weights.std() < 3
-    estimate, apart, effective = nb.ais_log_z(rbm)
+    estimate, apart, _ = nb.ais_log_z(rbm)
     assert estimate == pytest.approx(exact, abs=0.2)
     assert 0 < apart < 0.4
-    assert all(1 <= size <= nb.AIS_CHAINS for size in effective)
 
 
 def test_log_likelihood_is_that_of_sum_and_integral(nb, rbm):
@@ -315,16 +294,16 @@ def test_dequantised_pixels_keep_their_grey_level(nb):
 def test_likelihoods_are_means_over_trainings_and_their_differences_paired(nb):
     a, b = torch.randn(2, 50)
     nb.test_scores = lambda rbm: (a, 0.3)
-    chains = nb.scored(None, [{"loglik_test": nats} for nats in (1.0, 2.0, 4.0)], between=9.0)
+    rows = [{"loglik_test": nats} for nats in (1.0, 2.0, 4.0)]
+    chains = nb.scored(None, rows, between=9.0)
+    assert nb.largest_spread([rows[:2], rows, rows[:1]]) == np.std([1, 2, 4], ddof=1)
+    assert nb.largest_spread([rows[:1]]) == 0
     assert nb.scored(None, [{"loglik_test": a.mean().item()}], between=9.0) == ([a.mean().item()], a, 0.3, 9.0)
     for other, of_other in (None, torch.zeros(50)), ((b.mean().item(), b), b):
         mean, error = nb.likelihood(chains, other)
         assert mean == pytest.approx(7 / 3 - of_other.mean().item())
         over_images, over_trainings = (a - of_other).std().item() / 50**0.5, np.std([1, 2, 4], ddof=1) / 3**0.5
         assert error == pytest.approx(math.hypot(over_images, 0.3, over_trainings))
-
-
-# The data
 
 
 def with_files(tmp_path, there):

@@ -48,6 +48,7 @@ def test_it_learns_and_repeats_itself(uninterrupted, tmp_path):
     notebook, (weights, history) = uninterrupted
     key, factor = {"hw5_gan": ("D(G(z))", 0.9), "hw5_rbm": ("mse_test", 0.95), "hw5_vae": ("raw", 0.9)}[notebook]
     assert history[-1][key] < factor * history[0][key]
+    assert history[-1].get("probe", 1) > 0.5  # the GAN's, of 19 labels
     assert all(value.dtype in (torch.float32, torch.int64) for state in weights for value in state.values())
     assert_same(fit(notebook, tmp_path), (weights, history))
 
@@ -76,37 +77,28 @@ def test_a_training_that_explodes_is_stopped_and_nothing_of_it_is_kept(notebook,
     assert not list(tmp_path.rglob("*.pt"))
 
 
-# What is computed beside the training, from images x of classes c in a device's memory
-
-
-def beside_gan(nb, generator, discriminator, x, c):
-    z = nb.draw_z(len(x), seed=0)
-    images = nb.infer(generator, z)
-    yield from (images, nb.shifted(images))
-    nb.codes(discriminator[:-1], images)
-    nb.two_sample_test(images, x)
-    nb.by_training(x, c, 0, 1e-3, 0.2)(x)
-
-
-def beside_rbm(nb, rbm, chains, x, c):
-    for model in rbm, nb.new_rbm(20, 0):
-        M = len(model.alpha)
-        for negative in nb.cd5, nb.PersistentChains(M), nb.exact_log_z if M == 8 else nb.cd1:
-            with torch.autocast("cuda", torch.bfloat16, enabled=nb.BF16):
-                yield model.free_energy(x).mean() + negative(model, x)
-        yield from (nb.chain_ends(model, x[:2]), nb.sample_hidden(model, 4))
-        assert model.gibbs(x, 2).dtype == torch.float32
-        nb.judge(model)
-        nb.test_scores(model)
-
-
-def beside_vae(nb, model, x, c):
-    model.requires_grad_(False)
-    yield model.decode(model.encode(x, c)[0], c)
-    nb.iwae_bound(model, x, c, 10)
-    nb.codes(model, "test")
-    nb.mu_given(model, "test", "wrong")
-    nb.gaps(model)
+def beside(nb, x, c, model, *others):
+    """What is computed beside the training, from images x of classes c in a device's memory."""
+    if nb.NAME == "hw5_gan":
+        images = nb.shifted(nb.infer(model, nb.draw_z(len(x), seed=0)))
+        nb.codes(others[0][:-1], images)
+        nb.two_sample_test(images, x)
+        nb.by_training(x, c, 0, 1e-3, 0.2)(x)
+    elif nb.NAME == "hw5_vae":
+        model.requires_grad_(False)
+        nb.iwae_bound(model, x, c, 10)
+        nb.codes(model, "test")
+        nb.mu_given(model, "test", "wrong")
+        nb.gaps(model)
+    else:
+        for rbm, exact in (model, nb.exact_log_z), (nb.new_rbm(20, 0), nb.cd1):
+            for negative in nb.cd5, nb.PersistentChains(len(rbm.alpha)), exact:
+                with torch.autocast("cuda", torch.bfloat16, enabled=nb.BF16):
+                    rbm.free_energy(x).mean() + negative(rbm, x)
+            nb.beside_codes(rbm, nb.chain_ends(rbm, x[:2]))
+            nb.beside_codes(rbm, nb.sample_hidden(rbm, 4))
+            assert rbm.gibbs(x, 2).dtype == torch.float32
+            nb.judge(rbm)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
@@ -133,6 +125,4 @@ def test_everything_stays_on_a_gpu(notebook, tmp_path, monkeypatch):
             nb.ruler = nb.new_classifier().to("cuda").eval()
         players = start(nb)
         assert len(nb.fit("toy", *players, seed=0, **OPTIONS[notebook])) == 1
-        beside = {"hw5_gan": beside_gan, "hw5_rbm": beside_rbm, "hw5_vae": beside_vae}[notebook]
-        found = list(beside(nb, *players, x, c))
-        assert {tensor.device.type for tensor in found} == {"cuda"}
+        beside(nb, x, c, *players)

@@ -18,10 +18,8 @@ def models(nb):
     made = [kind().requires_grad_(False) for kind in (nb.VAE, nb.CVAE)]
     for model in made:
         torch.nn.init.normal_(model.fc3.weight, std=0.5)
+        torch.nn.init.constant_(model.fc22.bias, -1.0)
     return made
-
-
-# The models and the loss
 
 
 def test_layers_are_the_templates(nb):
@@ -52,9 +50,6 @@ def test_forward_samples_with_the_encoders_mean_and_spread(nb, models):
     z, mu, logvar = models[0](nb.x_val[:1].expand(20000, -1))
     torch.testing.assert_close(z.mean(0), mu[0], atol=0.05, rtol=0)
     torch.testing.assert_close(z.std(0), torch.exp(0.5 * logvar[0]), atol=0, rtol=0.05)
-
-
-# Bounds
 
 
 def test_elbo_by_monte_carlo_over_densities(nb, models):
@@ -113,9 +108,6 @@ def test_gaps_are_the_known_ones_of_a_linear_gaussian_model(nb, models, monkeypa
     assert row["amortisation_gap"] == pytest.approx(amortisation, rel=0.05, abs=0.15)
     assert row["covariance_gap"] == pytest.approx(covariance, abs=0.15)
     assert row["rest_gap"] == pytest.approx(0, abs=0.1)
-
-
-# Training
 
 
 def test_validation_part_is_a_stratified_fifth_of_the_training_images(tmp_path):
@@ -192,9 +184,6 @@ def test_the_later_trainings_are_measured_once_and_enter_means_and_deviations(nb
     nb.over_runs("one_", [4], size, trains=True)
     assert nb.METRICS["one_size"] == {"value": 4.0}, "the first, too, is taken once"
     assert (nb.told("toy_value"), nb.told("one_value:.1%")) == ("2.00 ± 1.00", "400.0%")
-
-
-# Codes
 
 
 def test_codes_are_in_order_and_z_is_drawn_from_q(nb, models):
