@@ -298,7 +298,7 @@ def test_likelihoods_are_means_over_trainings_and_their_differences_paired(nb):
     chains = nb.scored(None, rows, between=9.0)
     assert nb.largest_spread([rows[:2], rows, rows[:1]]) == np.std([1, 2, 4], ddof=1)
     assert nb.largest_spread([rows[:1]]) == 0
-    assert nb.scored(None, [{"loglik_test": a.mean().item()}], between=9.0) == ([a.mean().item()], a, 0.3, 9.0)
+    assert nb.scored(None, [{"loglik_test": a.mean().item()}], between=9.0) == (a.mean().item(), a, 0.3, 9.0)
     for other, of_other in (None, torch.zeros(50)), ((b.mean().item(), b), b):
         mean, error = nb.likelihood(chains, other)
         assert mean == pytest.approx(7 / 3 - of_other.mean().item())
