@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from conftest import FILES, idx_files, load_module, publish
+from conftest import idx_files, load_module, publish
 from torch.optim import Adam
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
@@ -110,7 +110,7 @@ def bench(label, notebook, name, n, textbook, out):
     with redirect_stdout(None):  # what it says of the device would stand between the rows
         nb = load_module(notebook, OUT=out, DATA=out, BATCH=128)
     publish(nb, name, idx_files(60000, 10000))
-    images = nb.read_files(name, nb.published[2])[FILES[0]][:n].flatten(1).to(nb.DEVICE) / 255
+    images = nb.load_data(*nb.published).x_train[:n].flatten(1) / 255
     nb.mean_image, nb.spread, nb.passes = images.mean(0), images.std(0), 1
     nb.x_train = 2 * images.view(n, 1, 28, 28) - 1 if notebook == "hw5_gan" else images
     nb.y_train = torch.zeros(n, dtype=torch.int64, device=nb.DEVICE)

@@ -331,8 +331,8 @@ def test_stand_in_split_is_stratified_and_labelled_everywhere(tmp_path, offline)
     assert "Stand-in split" in nb.data.banner
     nb.show(figure := nb.plt.figure(), "any", "Title")
     assert figure.get_suptitle() == "Stand-in split: Title"
-    found = nb.read_files("KMNIST", nb.published[2])
-    label = dict(zip(map(bytes, found[FILES[1]].flatten(1).numpy()), found[FILES[3]].tolist()))
+    whole = nb.load_data(*nb.published, enough=FILES[1::2])
+    label = dict(zip(map(bytes, whole.x_test.flatten(1).numpy()), whole.y_test.tolist()))
     train, test = ([bytes(image) for image in part.flatten(1).numpy()] for part in (nb.data.x_train, nb.data.x_test))
     assert {*train, *test} == {*label}, "a partition of the test images"
     counts = [np.bincount([label[image] for image in part]) for part in (test, list(label))]

@@ -184,7 +184,8 @@ def test_metrics_of_another_run_are_refused(again, other):
     metrics = json.loads(path.read_text())
     (metrics if "split" in other else metrics["parameters"]).update(other)
     path.write_text(json.dumps(metrics))
-    with pytest.raises(AssertionError, match=f"the saved run has {other}: set TRAIN = True"):
+    ((name, value),) = other.items()
+    with pytest.raises(AssertionError, match=f"the saved run has {name} = {value}: set TRAIN = True"):
         load_module(again.NAME, "data", DATA="demo", OUT=again.OUT, TRAIN=False, SAVED=again.SAVED)
 
 
