@@ -128,6 +128,10 @@ def test_readme_says_what_a_run_costs_which_split_problem_2_used_and_links_to_wh
     fine, scratch = ([metrics[0][f"{name}_draws"], *metrics[0][f"{name}_by_labels"].values()] for name in names)
     gains = 100 * np.subtract(fine, scratch).mean(axis=1)
     assert "they add {:.2f} points with 10% of the labels, and {:.2f} with 1%".format(*gains) in README
+    rbm = metrics[1]
+    gain = rbm["m16_exact_learned_loglik_test"] - rbm["m16_exact_fixed_loglik_test"]
+    error, nats = (rbm["rbm_m16_sigma1_history"][key][-1] for key in ("mse_test", "loglik_test"))
+    assert f"{gain:.0f} nats less, and with σ = 1 an error of {error:.4f} comes with {nats:.0f} nats" in README
     stand_in = {"default": False, "t10k-only 6:1": True}[metrics[1]["split"]]
     assert ("split 6 : 1 (see" in README) == stand_in
     assert ("Stand-in split" in outputs("hw5_rbm")[0]["data"]["text/html"]) == stand_in
