@@ -300,10 +300,22 @@ def test_likelihoods_are_means_over_trainings_and_their_differences_paired(nb):
     assert nb.largest_spread([rows[:1]]) == 0
     assert nb.scored(None, [{"loglik_test": a.mean().item()}], between=9.0) == (a.mean().item(), a, 0.3, 9.0)
     for other, of_other in (None, torch.zeros(50)), ((b.mean().item(), b), b):
-        mean, error = nb.likelihood(chains, other)
+        mean, error = nb.with_error(chains, other)
         assert mean == pytest.approx(7 / 3 - of_other.mean().item())
         over_images, over_trainings = (a - of_other).std().item() / 50**0.5, np.std([1, 2, 4], ddof=1) / 3**0.5
         assert error == pytest.approx(math.hypot(over_images, 0.3, over_trainings))
+
+
+def test_a_lower_error_with_fewer_nats_refutes_if_both_are_beyond_three_standard_errors(nb):
+    nb.erred = lambda rbm, rows: (rbm[0], torch.zeros(50), 0.1)
+    nb.scored = lambda rbm, rows, between: (rbm[1], torch.zeros(50), 1.0)
+    several, ways = [{}, {}], {"a": (1.0, 0.0), "b": (2.0, 5.0), "c": (0.9, -9.0), "alone": (0.0, -99.0)}
+    trained = {way: (numbers, None, several[: 1 if way == "alone" else 2]) for way, numbers in ways.items()}
+    loss, text = nb.refuting(trained)  # b has more nats than a and c: 5 +- 1.4 and 14 +- 1.4
+    assert loss == 14
+    assert text == '"c" has an error 1.1000 ± 0.1414 lower than "b", and 14.0 ± 1.4 nats less'
+    for pair in ("a", "c"), ("b",), ("b", "alone"):  # too close, nothing to compare, without a spread
+        assert nb.refuting({way: trained[way] for way in pair}) is None
 
 
 def with_files(tmp_path, there):
