@@ -1,4 +1,4 @@
-"""What `make run` does after a notebook failed, with trivial notebooks in place of the real ones."""
+"""What `make run` does after a failure, and `make report` after a demo; with trivial notebooks for the real ones."""
 
 import shutil
 import subprocess
@@ -8,28 +8,42 @@ import nbformat
 from conftest import NOTEBOOKS, ROOT, read_notebook
 
 
+def make(folder, *arguments, **notebooks):
+    """Run make on notebooks of one cell each. Returns its exit status and what it said."""
+    shutil.copy(ROOT / "Makefile", folder)
+    if not (folder / ".venv").exists():
+        (folder / ".venv").symlink_to(sys.prefix)
+    for name, source in notebooks.items():
+        cell, metadata = nbformat.v4.new_code_cell(source, id="only"), read_notebook(NOTEBOOKS[0]).metadata
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=metadata), folder / f"{name}.ipynb")
+    command = ["make", "--no-print-directory", "--assume-old=.venv/installed", *arguments]
+    with (folder / "log").open("w") as log:  # a file, as both write to it in turn
+        command.append("NOTEBOOKS=" + " ".join(f"{name}.ipynb" for name in notebooks))
+        done = subprocess.run(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, check=False)
+    return done.returncode, (folder / "log").read_text()
+
+
 def test_a_notebook_that_had_finished_on_the_same_data_is_left_as_it_is(tmp_path):
     """After a failure or a kill, which leave the same state, too much or too little is run again."""
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    metadata, log = read_notebook(NOTEBOOKS[0]).metadata, tmp_path / "log"
 
     def run(data, second="1 / 0"):
-        for name, source in ("one.ipynb", "print('has run')"), ("two.ipynb", second):
-            cell = nbformat.v4.new_code_cell(source, id="only")
-            nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=metadata), tmp_path / name)
-        command = f"make --no-print-directory --assume-old=.venv/installed run HW5_DATA={data}".split()
-        command.append("NOTEBOOKS=one.ipynb two.ipynb")
-        with log.open("w") as file:
-            done = subprocess.run(command, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT, check=False)
-        said = log.read_text()
+        failed, said = make(tmp_path, "run", f"HW5_DATA={data}", one="print('has run')", two=second)
         assert said.startswith("one.ipynb"), "what was said before a notebook's output is lost"
         assert "Executing " in said, "no progress bar"
         assert "WARNING" not in said
-        return done.returncode != 0, "has run" in said, "one.ipynb had finished" in said
+        return failed != 0, "has run" in said, "one.ipynb had finished" in said
 
     assert run("here") == (True, True, False)
     assert run("here") == (True, False, True)
     assert run("there") == (True, True, False)
     assert run("there", "2") == (False, False, True)
     assert run("there", "2") == (False, True, False), "after a complete run the next one starts anew"
+
+
+def test_a_demo_replaces_no_report(tmp_path):
+    metrics = tmp_path / "runs" / "report" / "figures" / "one_metrics.json"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text('"mode": "full"')  # of an earlier report
+    failed, said = make(tmp_path, "report", one="")
+    assert failed
+    assert "a demo is not a report" in said

@@ -227,25 +227,27 @@ def test_verdicts(nb):
     assert {value: nb.verdict(0.75, value, 0.1)[0] for value in values} == values
 
 
-def test_labels_given_to_the_encoder(nb):
+def test_labels_told_to_the_encoder(nb):
     c = torch.arange(10).repeat(500)
     nb.SETS["test"] = c, c
     for how, share in ("true", 1), ("one", 0.1), ("wrong", 0), ("random", 0.1):
-        mu, label = nb.mu_given(SimpleNamespace(encode=lambda x, c: (c, None)), "test", how)
-        np.testing.assert_array_equal(mu, label)
-        assert (label == c.numpy()).mean() == pytest.approx(share, abs=0.02 if how == "random" else 0)
-        assert how == "one" or abs(np.bincount(label) - 500).max() < 100
+        label = nb.told_labels("test", how)
+        assert (label == c).float().mean().item() == pytest.approx(share, abs=0.02 if how == "random" else 0)
+        assert how == "one" or abs(torch.bincount(label) - 500).max() < 100
 
 
 def test_swaps_read_the_label_from_an_encoder_that_writes_it_and_the_class_from_one_that_does_not(nb):
     classes = {len(c): c for _, c in nb.SETS.values()}
 
     def write(x, c):
-        return 20 * F.one_hot(c, 20).float(), None
+        return 20 * F.one_hot(c, 20).float(), torch.full((len(c), 20), -2.0)
 
     row = nb.swaps(SimpleNamespace(encode=write))
-    assert row["swap_random_label_given"] == row["swap_wrong_label_given"] == row["swap_true_label_given"] == 1
-    assert row["swap_wrong_label_true_class"] == 0
-    assert max(row["swap_random_label_true_class"], row["swap_one_label_true_class"]) < 0.3
+    for of in "", "z_":
+        assert {row[f"swap_{how}_label_{of}given"] for how in ("true", "wrong", "random", "one")} == {1}
+        assert row[f"swap_wrong_label_{of}true_class"] == 0
+        assert max(row[f"swap_{how}_label_{of}true_class"] for how in ("random", "one")) < 0.3
+    kl = kl_divergence(Normal(20 * torch.eye(20)[0], math.exp(-1)), Normal(0, 1)).sum().item()
+    assert row["swap_one_label_kl"] == pytest.approx(kl)
     row = nb.swaps(SimpleNamespace(encode=lambda x, c: write(x, classes[len(x)])))
     assert {value for key, value in row.items() if key.endswith("true_class")} == {1}
