@@ -28,7 +28,7 @@ define execute
 	for n in $(NOTEBOOKS); do \
 		if grep -qsxF $(THIS) $(FINISHED); then echo "$$n had finished, and is left as it is."; continue; fi; \
 		took=$(TOOK); echo "$$n$${took:+: took $$((took / 60)) minutes on two CPU cores when it was made}"; \
-		rm -f $(OUT)/figures/$${n%.ipynb}_metrics.json; \
+		$(if $(1),rm -f $(OUT)/figures/$${n%.ipynb}_metrics.json;) \
 		HW5_OUT=$(OUT) $(EXECUTE) $$n $(OUT)/$$n || exit 1; \
 		$(1) echo $(THIS) >> $(FINISHED); \
 	done; rm -f $(FINISHED)
