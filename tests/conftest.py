@@ -111,8 +111,8 @@ def publish(nb, name, files, there=FILES):
     ids = [hashlib.sha1(b"blob %d\0" % len(files[file]) + files[file]).hexdigest()[:12] for file in FILES]
     nb.published = name, {"KMNIST": "Kuzushiji-MNIST"}.get(name, name), ids  # as load_data is asked
     raw = Path(nb.DATA, name, "raw")
-    raw.mkdir(parents=True, exist_ok=True)
     for file in there:
+        raw.mkdir(parents=True, exist_ok=True)
         (raw / file).write_bytes(files[file])
     return raw
 

@@ -40,7 +40,7 @@ def render(source, folder):
     """Write a notebook or a Markdown file as one HTML file into a folder. Returns its path."""
     target = Path(folder, f"{source.stem}.html")
     ipynb = source.suffix == ".ipynb"
-    text, kind = (with_html_outputs(source), "ipynb") if ipynb else (source.read_text(), "markdown")
+    text, kind = (with_html_outputs(source), "ipynb") if ipynb else (source.read_text(), "gfm")
     pypandoc.convert_text(text, "html", kind, outputfile=target, extra_args=OPTIONS)
     return target
 

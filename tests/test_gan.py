@@ -166,16 +166,21 @@ def test_settings_are_chosen_by_the_first_draws_validation_accuracy_alone(nb):
     assert asked == [(0, 0.5, n), (0, 0.8, n), (0, 0.8, n), *((draw, 0.8, n) for draw in range(1, nb.DRAWS))]
 
 
-def test_paired_differences_have_the_standard_error_of_the_mean(nb):
+def test_paired_differences_have_an_error_over_draws_and_over_test_images(nb):
+    nb.x_test, nb.METRICS = range(400), {"a_draws": [0.97] * 5, "b_draws": [0.98] * 5}
+    of_images = np.repeat([-1, 1, 0], [12, 8, 380])  # where a, where b, and where neither is wrong
+    difference, error = nb.paired("a", "b")
+    assert difference == pytest.approx(100 * of_images.mean())
+    assert error == pytest.approx(100 * scipy.stats.sem(of_images), rel=0.01)
+    assert nb.compared("a", "b", "b") == f"not distinguishable from b (-1.00 ± {error:.2f} points)"
+
     a, b = np.random.default_rng(0).normal(0.9, 0.1, (2, 5))
-    few = {"a_by_labels": {"0.01": (a + 1).tolist()}, "b_by_labels": {"0.01": b.tolist()}}
-    nb.METRICS = {"a_draws": a.tolist(), "b_draws": b.tolist()} | few
+    few = {"a_by_labels": {"0.01": (a - 1).tolist()}, "b_by_labels": {"0.01": b.tolist()}}
+    nb.x_test, nb.METRICS = range(10**12), {"a_draws": a.tolist(), "b_draws": b.tolist()} | few
     difference, error = nb.paired("a", "b")
     assert difference / error == pytest.approx(scipy.stats.ttest_rel(a, b).statistic)
-    assert difference == pytest.approx(100 * (a - b).mean())
-    assert nb.paired("a", "b", 0.01) == pytest.approx((difference + 100, error))
-    assert nb.compared("a", "b", "b") == f"not distinguishable from b ({difference:+.2f} ± {error:.2f} points)"
-    assert nb.compared("b", "a", "a", 0.01) == f"{difference + 100:.2f} ± {error:.2f} points below a"
+    assert nb.paired("a", "b", 0.01) == pytest.approx((difference - 100, error))
+    assert nb.compared("b", "a", "a", 0.01) == f"{100 - difference:.2f} ± {error:.2f} points above a"
 
 
 def test_fine_tuning_starts_from_the_discriminator_leaves_it_as_it_is_and_labels_are_learned(nb):
@@ -199,12 +204,10 @@ def test_random_network_has_measured_statistics(nb):
 
 
 def test_autoencoder_reconstructs_better_and_is_trained_once(nb):
-    epochs, kept = nb.epochs, []
     nb.LEARNING_RATE = 5e-4
-    nb.epochs = lambda name, parts, history, *args: kept.append(history) or epochs(name, parts, history, *args)
     features = nb.autoencoder()
     assert nb.autoencoder() is features
-    ((first, *_, last),) = kept
+    first, *_, last = torch.load(nb.data.out / "state" / nb.NAME / "autoencoder.pt", weights_only=True)["history"]
     assert last["epoch"] == nb.AUTOENCODER_EPOCHS
     assert last["loss"] < first["loss"]
     assert not any(p.requires_grad for p in features.parameters())

@@ -81,8 +81,9 @@ ROWS = {
         "reconstruction error, test images": "m{}_mse_test:.4f",
         "PCA with M components, test images": "m{}_pca_mse_test:.4f",
         "log-likelihood, CD-5 as assigned": "m{}_loglik_test:.0f",
-        "log-likelihood, CD-5, σ learned, centred, falling rate": "m{}_cd5_centred_loglik_test:.0f",
-        "log-likelihood, persistent chains, σ learned, centred, falling rate": "m{}_persistent_loglik_test:.0f",
+        "log-likelihood, CD-5, improved": "m{}_cd5_centred_loglik_test:.0f",
+        "log-likelihood, persistent chains, improved": "m{}_persistent_loglik_test:.0f",
+        "log-likelihood, probabilistic PCA with M factors": "ppca{}_loglik_test:.0f",
         "log-likelihood, factor analysis with M factors": "fa{}_loglik_test:.0f",
     },
     "hw5_vae": {
@@ -135,10 +136,16 @@ def test_readme_says_what_a_run_costs_which_split_problem_2_used_and_links_to_wh
     assert row.format(*without_label) in README
     names = "finetuned_shifts", "supervised_shifts"
     fine, scratch = ([metrics[0][f"{name}_draws"], *metrics[0][f"{name}_by_labels"].values()] for name in names)
-    gains = 100 * np.subtract(fine, scratch)
-    gains = np.c_[gains.mean(1), gains.std(1, ddof=1) / gains.shape[1] ** 0.5].ravel()
+    gains, wrong = np.subtract(fine, scratch), 2 - np.add(fine, scratch)
+    errors = np.hypot(gains.std(1, ddof=1) / gains.shape[1] ** 0.5, (wrong.mean(1) / metrics[0]["n_test"]) ** 0.5)
+    gains = 100 * np.c_[gains.mean(1), errors].ravel()
     assert "they add {:.2f} ± {:.2f} points with 10% of the labels, {:.2f} ± {:.2f} with 1%".format(*gains) in README
     assert metrics[1]["lower_error"] in " ".join(README.split())
+    text, v = " ".join(README.split()), metrics[2]
+    given = "in {swap_one_label_z_true_class:.0%}, given the true ones in {swap_true_label_z_true_class:.0%}"
+    assert (given + " (VAE: {vae_z_knn:.0%})").format(**v) in text
+    drawn = "from z in {swap_random_label_z_given:.0%}, the image's class in {swap_random_label_z_true_class:.0%}"
+    assert drawn.format(**v) in text
     stand_in = {"default": False, "t10k-only 6:1": True}[metrics[1]["split"]]
     assert ("split 6 : 1 (see" in README) == stand_in
     assert ("Stand-in split" in outputs("hw5_rbm")[0]["data"]["text/html"]) == stand_in

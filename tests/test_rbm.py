@@ -306,16 +306,15 @@ def test_likelihoods_are_means_over_trainings_and_their_differences_paired(nb):
         assert error == pytest.approx(math.hypot(over_images, 0.3, over_trainings))
 
 
-def test_a_lower_error_with_fewer_nats_refutes_if_both_are_beyond_three_standard_errors(nb):
+def test_pairs_are_opposed_if_error_and_nats_are_both_lower_by_three_standard_errors(nb):
     nb.erred = lambda rbm, rows: (rbm[0], torch.zeros(50), 0.1)
     nb.scored = lambda rbm, rows, between: (rbm[1], torch.zeros(50), 1.0)
-    several, ways = [{}, {}], {"a": (1.0, 0.0), "b": (2.0, 5.0), "c": (0.9, -9.0), "alone": (0.0, -99.0)}
-    trained = {way: (numbers, None, several[: 1 if way == "alone" else 2]) for way, numbers in ways.items()}
-    loss, text = nb.refuting(trained)  # b has more nats than a and c: 5 +- 1.4 and 14 +- 1.4
-    assert loss == 14
-    assert text == '"c" has an error 1.1000 ± 0.1414 lower than "b", and 14.0 ± 1.4 nats less'
-    for pair in ("a", "c"), ("b",), ("b", "alone"):  # too close, nothing to compare, without a spread
-        assert nb.refuting({way: trained[way] for way in pair}) is None
+    ways = {"a": (1.0, 0.0), "b": (2.0, 5.0), "c": (0.9, -9.0), "d": (2.0, 3.0)}
+    ways = {way: (numbers, None, None) for way, numbers in ways.items()}
+    text = '"c" has an error 1.1000 ± 0.1414 lower than "b", and 14.0 ± 1.4 nats less'
+    assert nb.opposed(ways, "c", "b") == (True, text)
+    for a, b in ("b", "c"), ("c", "a"), ("a", "d"):  # the other way, too close in error, too close in nats
+        assert not nb.opposed(ways, a, b)[0]
 
 
 def with_files(tmp_path, there):

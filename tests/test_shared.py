@@ -40,16 +40,23 @@ def nb(tmp_path):
     return load_module(NOTEBOOKS[0], OUT=str(tmp_path / "out"), DATA=str(tmp_path / "data"))
 
 
-def test_local_files_come_first(nb, capsys):
-    files = idx_files(60, 20)
-    publish(nb, "MNIST", files)
-    data = nb.load_data(*nb.published)
+@pytest.mark.parametrize("source", ["the data folder", "torchvision", "OpenML"])
+def test_each_source_comes_in_its_turn(nb, offline, monkeypatch, capsys, source):
+    files = idx_files(60000, 10000)
+    raw = publish(nb, "KMNIST", files, there=FILES if source == "the data folder" else [])
+    if source == "torchvision":
+        monkeypatch.setattr(nb.datasets.KMNIST, "download", lambda self: publish(nb, "KMNIST", files))
+    x = np.frombuffer(files[FILES[0]][16:] + files[FILES[1]][16:], np.uint8).reshape(-1, 784)
+    y = np.frombuffer(files[FILES[2]][8:] + files[FILES[3]][8:], np.uint8).astype(str)  # as OpenML has them
+    nb.fetch_openml = lambda name, version, **_: {("Kuzushiji-MNIST", 1): (x, y)}[name, version]
+    data, said = nb.load_data(*nb.published), capsys.readouterr().out
+    assert ("torchvision" in said, "OpenML" in said) == (source != "the data folder", source == "OpenML")
+    assert all((raw / file).read_bytes() == files[file] for file in FILES)
     assert (data.split, data.label, data.banner, data.out) == ("default", "", "", Path(nb.OUT))
-    assert (data.x_train.shape, data.x_train.dtype, data.y_train.dtype) == ((60, 28, 28), torch.uint8, torch.int64)
+    assert (data.x_train.shape, data.x_train.dtype, data.y_train.dtype) == ((60000, 28, 28), torch.uint8, torch.int64)
     assert data.x_test.numpy().tobytes() == files[FILES[1]][16:]
     assert data.y_test.tolist() == list(files[FILES[3]][8:])
-    assert data.blobs == dict(zip([f"MNIST/{file}" for file in FILES], nb.published[2]))
-    assert capsys.readouterr().out == ""
+    assert data.blobs == dict(zip([f"KMNIST/{file}" for file in FILES], nb.published[2]))
 
 
 @pytest.mark.parametrize("change", [lambda c: c[:-100], lambda c: c[:-1] + bytes([c[-1] ^ 1])])
@@ -58,24 +65,6 @@ def test_truncated_or_altered_local_file_is_named_and_refused(nb, change):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=rf"MNIST/raw/{FILES[0]} is truncated or altered: delete it"):
         nb.load_data(*nb.published)
-
-
-def test_torchvision_comes_second(nb, offline, monkeypatch, capsys):
-    publish(nb, "MNIST", files := idx_files(60, 20), there=[])
-    monkeypatch.setattr(nb.datasets.MNIST, "download", lambda self: publish(nb, "MNIST", files))
-    assert len(nb.load_data(*nb.published).x_train) == 60
-    assert "OpenML" not in capsys.readouterr().out
-
-
-def test_openml_comes_third(nb, offline):
-    files, asked = idx_files(60000, 10000), []
-    raw = publish(nb, "KMNIST", files, there=[])
-    x = np.frombuffer(files[FILES[0]][16:] + files[FILES[1]][16:], np.uint8).reshape(-1, 784)
-    y = np.frombuffer(files[FILES[2]][8:] + files[FILES[3]][8:], np.uint8).astype(str)  # as OpenML has them
-    nb.fetch_openml = lambda name, version, **_: asked.append((name, version)) or (x, y)
-    assert nb.load_data(*nb.published).split == "default"
-    assert asked == [("Kuzushiji-MNIST", 1)]
-    assert all((raw / file).read_bytes() == files[file] for file in FILES)
 
 
 def test_no_network_at_all_gives_the_labelled_demo(nb, offline, capsys, recwarn):
@@ -178,13 +167,12 @@ def test_a_finished_run_leaves_metrics_and_weights_that_train_false_reads_and_no
     assert not [path for path in Path(again.SAVED, "state").rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("other", [{"split": "default"}, {"SEED": 99}])
-def test_metrics_of_another_run_are_refused(again, other):
+@pytest.mark.parametrize(("name", "value"), [("split", "default"), ("SEED", 99)])
+def test_metrics_of_another_run_are_refused(again, name, value):
     path = Path(again.SAVED, "figures", f"{again.NAME}_metrics.json")
     metrics = json.loads(path.read_text())
-    (metrics if "split" in other else metrics["parameters"]).update(other)
+    (metrics if name == "split" else metrics["parameters"])[name] = value
     path.write_text(json.dumps(metrics))
-    ((name, value),) = other.items()
     with pytest.raises(AssertionError, match=f"the saved run has {name} = {value}: set TRAIN = True"):
         load_module(again.NAME, "data", DATA="demo", OUT=again.OUT, TRAIN=False, SAVED=again.SAVED)
 
