@@ -27,7 +27,7 @@ def test_notebook_is_self_contained(notebook):
     assert all(c.metadata["jupyter"]["source_hidden"] and c.metadata["cellView"] == "form" for c in shared)
     assert all(len(c.source.splitlines()) <= 60 for c in code if c not in shared)
     modules = {m for c in code for m in re.findall(r"^(?:from|import) (\w+)", c.source, re.MULTILINE)}
-    known = {"IPython", "matplotlib", "numpy", "pandas", "scipy", "sklearn", "torch", "torchvision", "tqdm"}
+    known = {"IPython", "matplotlib", "numpy", "pandas", "sklearn", "torch", "torchvision", "tqdm"}
     assert modules - {*sys.stdlib_module_names} <= known
     loads = re.findall(r"torch\.load\(.*", "\n".join(c.source for c in code))
     assert all("weights_only=True" in load for load in loads)

@@ -1,4 +1,4 @@
-"""What `make run` does after a failure, and `make report` after a demo; with trivial notebooks for the real ones."""
+"""What `make run` does after a failure, and `make report` with what is there; with trivial notebooks for the real."""
 
 import shutil
 import subprocess
@@ -38,6 +38,35 @@ def test_a_notebook_that_had_finished_on_the_same_data_is_left_as_it_is(tmp_path
     assert run("there") == (True, True, False)
     assert run("there", "2") == (False, False, True)
     assert run("there", "2") == (False, True, False), "after a complete run the next one starts anew"
+
+
+WRITES = """
+import os, pathlib
+for file in {}:
+    path = pathlib.Path(os.environ["HW5_OUT"], file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('"mode": "full"')
+"""
+
+
+def test_a_demo_for_want_of_data_has_not_finished(tmp_path):
+    notebooks = {"one": WRITES.format(["demo/figures/one_metrics.json"]), "two": "1 / 0"}
+    for _ in range(2):
+        failed, said = make(tmp_path, "run", **notebooks)
+        assert failed
+        assert "had finished" not in said
+
+
+def test_a_report_of_one_notebook_leaves_the_others_alone(tmp_path):
+    for folder in "figures", "checkpoints":
+        (tmp_path / folder).mkdir()
+    for name in "one", "two":
+        files = [f"figures/{name}_metrics.json", f"checkpoints/{name}.pt"]
+        failed, said = make(tmp_path, "report", **{name: WRITES.format(files)})
+        assert not failed, said
+        assert [(tmp_path / file).read_text() for file in files] == ['"mode": "full"'] * 2
+        (tmp_path / files[0]).write_text("newer")
+    assert (tmp_path / "figures" / "one_metrics.json").read_text() == "newer"
 
 
 def test_a_demo_replaces_no_report(tmp_path):
