@@ -18,23 +18,28 @@ EXECUTE = $(BAR) .venv/bin/papermill --log-level WARNING --progress-bar --no-log
 CLEAN = .venv/bin/nbstripout --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill"
 
-# Notebooks that have finished, with their data and checksum, until all have: what a stopped or killed run leaves out.
+# Notebooks that have finished, with their data and checksum, until all that were asked for have: what a stopped or
+# killed run leaves out.
 FINISHED = $(OUT)/finished
 THIS = "$$n $$HW5_DATA $$(cksum < $$n)"
 TOOK = $$(sed -n 's/.*"seconds_total": \([0-9]*\).*/\1/p' figures/$${n%.ipynb}_metrics.json 2>&-)
+IN = $$(sed -n 's/.*"training_precision": "\(.*\)".*/\1/p' figures/$${n%.ipynb}_metrics.json)
 
 # Where a demo writes, which has not finished on the data.
 DEMO = $(OUT)/demo/figures/$${n%.ipynb}_metrics.json
 
 define execute
-	@mkdir -p $(OUT); trap 'echo "Stopped. To go on: make $@"; exit 130' INT; \
+	@mkdir -p $(OUT); on="To go on, give the same command again."; demo=; \
+	trap 'kill $$!; wait; echo "Stopped. $$on"; exit 130' INT TERM HUP; \
 	for n in $(NOTEBOOKS); do \
 		if grep -qsxF $(THIS) $(FINISHED); then echo "$$n had finished, and is left as it is."; continue; fi; \
-		took=$(TOOK); echo "$$n$${took:+: took $$((took / 60)) minutes on two CPU cores when it was made}"; \
+		took=$(TOOK); echo "$$n$${took:+: took $$((took / 60)) minutes on two CPU cores when it was made, in $(IN)}"; \
 		rm -f $(DEMO); $(if $(1),rm -rf $(OUT)/figures $(OUT)/checkpoints;) \
-		HW5_OUT=$(OUT) $(EXECUTE) $$n $(OUT)/$$n || exit 1; \
-		$(1) [ "$$HW5_DATA" != demo ] && [ -e $(DEMO) ] || echo $(THIS) >> $(FINISHED); \
-	done; rm -f $(FINISHED)
+		HW5_OUT=$(OUT) $(EXECUTE) $$n $(OUT)/$$n & wait $$! || { echo "$$n failed. $$on"; exit 1; }; \
+		$(1) if [ "$$HW5_DATA" != demo ] && [ -e $(DEMO) ]; then demo="$$demo $$n"; else echo $(THIS) >> $(FINISHED); fi; \
+	done; \
+	if [ "$$demo" ]; then echo "A demo, for want of data:$$demo. $$on"; exit 0; fi; \
+	grep -v $(NOTEBOOKS:%=-e '^% ') $(FINISHED) > $(FINISHED).part; mv $(FINISHED).part $(FINISHED)
 endef
 
 # To the report goes what was computed from the data.
@@ -50,14 +55,14 @@ endef
 run: OUT = runs
 run: .venv/installed
 	$(call execute)
-	@echo "The executed notebooks and their figures are in runs/."
+	@echo "The executed notebooks are in runs/, with their figures, those of a demo in runs/demo/."
 
 report: OUT = runs/report
 report: .venv/installed
 	$(call execute,$(replace))
 
 test: lint
-	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses=2 --dist=loadgroup
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses=2
 
 html: .venv/installed
 	.venv/bin/python tests/pages.py runs/html
