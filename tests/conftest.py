@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import socket
 from contextlib import contextmanager
 from functools import cache
@@ -89,6 +90,14 @@ def run_notebook(notebook, folder, **parameters):
     target.write_text(source)
     papermill.execute_notebook(target, target, parameters, cwd=folder, progress_bar=False)
     return nbformat.read(target, as_version=4)
+
+
+def top(notebook):
+    """What stands at a notebook's top: its answer, on one line, and its table's rows, as Markdown has them."""
+    _, answer, _, table = next(cell.outputs for cell in notebook.cells if cell.cell_type == "code")
+    rows = re.findall("<tr.*?</tr>", table.data["text/html"], re.DOTALL)
+    rows = ["| " + " | ".join(re.findall("<t[hd].*?>(.*?)</t[hd]>", row)) + " |" for row in rows]
+    return " ".join(answer.data["text/markdown"].split()), rows
 
 
 def read_metrics(folder, notebook):

@@ -76,20 +76,16 @@ def test_iwae_reaches_the_exact_likelihood_where_that_is_known(nb, models):
         assert kl > 0.05
         assert nb.iwae_bound(model, nb.x_val, nb.y_val, 2000).mean().item() == pytest.approx(bce, abs=0.02)
 
-    def exact(model, c):
-        logits = model.decode(torch.zeros(len(c), 20), c)
-        return -Bernoulli(logits=logits.double(), validate_args=False).log_prob(nb.x_test).sum(1)
-
-    row, each = nb.unlabelled(models), [exact(models[1], torch.full_like(nb.y_test, c)) for c in range(10)]
-    mixture = -torch.logsumexp(-torch.stack(each) - math.log(10), 0)
-    gain = exact(models[0], nb.y_test) - mixture
-    right = (torch.stack(each).argmin(0) == nb.y_test).float().mean().item()
-    saved = (mixture - exact(models[1], nb.y_test)).mean().item()
-    assert row["cvae_unlabelled_iwae"] == pytest.approx(mixture.mean().item(), abs=0.2)
-    assert row["label_saves"] == pytest.approx(saved, abs=0.2)
-    assert row["cvae_generative_accuracy"] == pytest.approx(right, abs=0.02)
-    assert row["unlabelled_difference"] == pytest.approx(gain.mean().item(), abs=0.2)
+    row, logits = nb.unlabelled(models), [m.decode(torch.zeros(10, 20), torch.arange(10)).double() for m in models]
+    plain, each = (F.softplus(t).sum(1) - nb.x_test.double() @ t.T for t in logits)  # -log p(x|c): (n, 10)
+    mixture, told = math.log(10) - torch.logsumexp(-each, 1), each.gather(1, nb.y_test[:, None])[:, 0]
+    gain = plain[:, 0] - mixture
+    expected = {"vae_iwae_same_samples": plain, "cvae_unlabelled_iwae": mixture, "label_saves": mixture - told}
+    for key, values in (expected | {"unlabelled_difference": gain}).items():
+        assert row[key] == pytest.approx(values.mean().item(), abs=0.2), key
     assert row["unlabelled_difference_se"] == pytest.approx(gain.std().item() / math.sqrt(len(gain)), rel=0.1)
+    right = (each.argmin(1) == nb.y_test).double().mean().item()
+    assert row["cvae_generative_accuracy"] == pytest.approx(right, abs=0.02)
 
 
 def test_gaps_are_the_known_ones_of_a_linear_gaussian_model(nb, models, monkeypatch):
@@ -195,14 +191,6 @@ def test_codes_are_in_order_and_z_is_drawn_from_q(nb, models):
     assert (eps.mean(), eps.std()) == (pytest.approx(0, abs=0.04), pytest.approx(1, abs=0.04))
 
 
-def test_neighbours_are_the_nearest_others(nb, models):
-    mu = nb.codes(models[0], "test").mu.astype(np.float64)
-    distances = np.linalg.norm(mu[:, None] - mu, axis=2)
-    np.fill_diagonal(distances, np.inf)
-    found = np.take_along_axis(distances, nb.neighbours(models[0]), 1)
-    np.testing.assert_allclose(found, np.sort(distances, axis=1)[:, :9], rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.filterwarnings("ignore:lbfgs failed to converge")  # of codes that a line separates
 def test_ledger_of_codes_that_are_known(nb):
     """The class, alone in the first dimension and far apart, is not all of log 10 nats; elsewhere z is N(0, I)."""
@@ -219,6 +207,7 @@ def test_ledger_of_codes_that_are_known(nb):
     assert row["aggregate_kl"] == pytest.approx(exact, abs=0.5)
     assert row["marginal_kl"] == pytest.approx(exact - math.log(10), abs=0.7)
     assert row["class_kl"] + row["rest_of_kl"] == pytest.approx(2000)
+    assert (nb.neighbours(object()) != np.arange(3000)[:, None]).all(), "an image is its own neighbour"
     assert row["same_class_neighbours"] == row["z_knn"] == row["mu_knn"] == 1
     assert row["mu_linear_probe"] > 0.99
 
@@ -243,16 +232,12 @@ def test_swaps_read_the_label_from_an_encoder_that_writes_it_and_the_class_from_
     def write(x, c):
         return 20 * F.one_hot(c, 20).float(), torch.full((len(c), 20), -2.0)
 
-    def draw(z, c):
-        return torch.zeros(len(z), 784)
-
-    row = nb.swaps(SimpleNamespace(encode=write, decode=draw))
-    for of in "", "z_":
-        assert {row[f"swap_{how}_label_{of}given"] for how in ("true", "wrong", "random", "one")} == {1}
-        assert row[f"swap_wrong_label_{of}true_class"] == 0
-        assert max(row[f"swap_{how}_label_{of}true_class"] for how in ("random", "one")) < 0.3
+    row = nb.swaps(SimpleNamespace(encode=write, decode=lambda z, c: torch.zeros(len(z), 784)))
+    assert {share for key, share in row.items() if key.endswith("given")} == {1}
+    assert {row[f"swap_wrong_label_{of}true_class"] for of in ("", "z_")} == {0}
+    assert max(row[f"swap_{how}_label_{of}true_class"] for how in ("random", "one") for of in ("", "z_")) < 0.3
     kl = kl_divergence(Normal(20 * torch.eye(20)[0], math.exp(-1)), Normal(0, 1)).sum().item()
     assert row["swap_one_label_kl"] == pytest.approx(kl)
     nb.evaluate = lambda *args: (0.0, 0.0)
     row = nb.swaps(SimpleNamespace(encode=lambda x, c: write(x, classes[len(x)])))
-    assert {value for key, value in row.items() if key.endswith("true_class")} == {1}
+    assert {share for key, share in row.items() if key.endswith("true_class")} == {1}
