@@ -19,7 +19,7 @@ def make(folder, *arguments, tools=SHELL, **notebooks):
     shutil.copy(ROOT / "Makefile", folder)
     for name, text in notebooks.items():
         (folder / f"{name}.ipynb").write_text(text)
-    command = ["make", "--assume-old=.venv/installed", *arguments, *tools]
+    command = ["make", "--no-print-directory", "--assume-old=.venv/installed", *arguments, *tools]
     with (folder / "log").open("w") as log:  # a file, as both write to it in turn
         command.append("NOTEBOOKS=" + " ".join(f"{name}.ipynb" for name in notebooks))
         done = subprocess.run(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, check=False)
