@@ -62,7 +62,7 @@ report: .venv/installed
 	$(call execute,$(replace))
 
 test: lint
-	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses=2
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses=2 --dist=worksteal
 
 html: .venv/installed
 	.venv/bin/python tests/pages.py runs/html
