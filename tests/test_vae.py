@@ -184,11 +184,12 @@ def test_the_later_trainings_are_measured_once_and_enter_means_and_deviations(nb
 
 
 def test_codes_are_in_order_and_z_is_drawn_from_q(nb, models):
-    codes = nb.codes(models[1], "train")
+    codes = nb.codes(models[1], "train", draws=3)
     mu, logvar = models[1].encode(nb.x_train, nb.y_train)
     np.testing.assert_allclose(codes.mu, mu, atol=1e-5)
-    eps = (codes.z - codes.mu) / torch.exp(0.5 * logvar).numpy()
+    eps = (codes.z.reshape(3, *mu.shape) - codes.mu) / torch.exp(0.5 * logvar).numpy()
     assert (eps.mean(), eps.std()) == (pytest.approx(0, abs=0.04), pytest.approx(1, abs=0.04))
+    np.testing.assert_allclose(np.corrcoef(eps.reshape(3, -1)), np.eye(3), atol=0.04)
 
 
 @pytest.mark.filterwarnings("ignore:lbfgs failed to converge")  # of codes that a line separates
@@ -199,8 +200,9 @@ def test_ledger_of_codes_that_are_known(nb):
     for name, y in many.items():
         z = rng.normal(size=(len(y), 20)).astype(np.float32)
         z[:, 0] = 10 * y + 0.1 * z[:, 0]
-        made[name] = SimpleNamespace(mu=z, z=z)
-    nb.labels, nb.codes, nb.evaluate = many, lambda model, name: made[name], lambda *args: (0.0, 2000.0)
+        made[name] = z
+    nb.codes = lambda model, name, draws=1: SimpleNamespace(mu=made[name], z=np.tile(made[name], (draws, 1)))
+    nb.labels, nb.evaluate, nb.COMPONENTS = many, lambda *args: (0.0, 2000.0), 10
     row = nb.class_in_codes(object())
     assert row["class_information"] == pytest.approx(math.log(10), abs=0.02)
     exact = 0.5 * np.mean([(10 * c) ** 2 + 0.01 - 1 - math.log(0.01) for c in range(10)])  # mean KL(q(z|c) || p)
