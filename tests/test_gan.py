@@ -141,35 +141,42 @@ def test_features_are_what_the_last_layer_sees_alone_or_in_company(nb):
 
 
 def test_settings_are_chosen_by_the_first_draws_validation_accuracy_alone(nb):
-    """A setting is chosen by test images or by another draw. Here settings say which accuracies they have."""
+    """A setting is chosen by test images or by another draw. Here settings say how many images they get right."""
     asked, n = [], round(0.1 * len(nb.x_train))
 
     def learn(x, y, draw, val, test):
         asked.append((draw, val, len(x)))
-        return {id(nb.x_val): val, id(nb.x_test): test}
+        known = {id(nb.x_val): (nb.y_val, val), id(nb.x_test): (nb.y_test, test), id(x): (y, n)}
 
-    nb.accuracy = lambda accuracies, x, y: accuracies.get(id(x), 1.0)
-    settings = [{"val": 0.5, "test": 0.9}, {"val": 0.8, "test": 0.2}, {"val": 0.8, "test": 0.7}]
-    accuracies = {"train": [1.0] * nb.DRAWS, "val": [0.8] * nb.DRAWS, "test": [0.2] * nb.DRAWS}
-    assert nb.study(learn, settings) == {"setting": settings[1], **accuracies}
-    assert asked == [(0, 0.5, n), (0, 0.8, n), (0, 0.8, n), *((draw, 0.8, n) for draw in range(1, nb.DRAWS))]
+        def classify(images):
+            classes, right = known[id(images)]
+            return torch.where(torch.arange(len(classes)) < right, classes, -1)
+
+        return classify
+
+    settings = [{"val": 5, "test": 9}, {"val": 8, "test": 2}, {"val": 8, "test": 7}]
+    found = nb.study(learn, settings)
+    assert asked == [(0, 5, n), (0, 8, n), (0, 8, n), *((draw, 8, n) for draw in range(1, nb.DRAWS))]
+    assert found.pop("setting") == settings[1]
+    expected = {"train": 1.0, "val": 8 / len(nb.x_val), "test": pytest.approx(2 / len(nb.x_test))}
+    expected["wrong"] = " ".join(map(str, range(2, len(nb.x_test))))
+    assert found == {part: [value] * nb.DRAWS for part, value in expected.items()}
 
 
 def test_paired_differences_have_an_error_over_draws_and_over_test_images(nb):
-    nb.x_test, nb.METRICS = range(400), {"a_draws": [0.97] * 5, "b_draws": [0.98] * 5}
-    of_images = np.repeat([-1, 1, 0], [12, 8, 380])  # where a, where b, and where neither is wrong
-    difference, error = nb.paired("a", "b")
-    assert difference == pytest.approx(100 * of_images.mean())
-    assert error == pytest.approx(100 * scipy.stats.sem(of_images), rel=0.01)
-    assert nb.compared("a", "b", "b") == f"not distinguishable from b (-1.00 ± {error:.2f} points)"
-
-    a, b = np.random.default_rng(0).normal(0.9, 0.1, (2, 5))
-    few = {"a_by_labels": {"0.01": (a - 1).tolist()}, "b_by_labels": {"0.01": b.tolist()}}
-    nb.x_test, nb.METRICS = range(10**12), {"a_draws": a.tolist(), "b_draws": b.tolist()} | few
-    difference, error = nb.paired("a", "b")
-    assert difference / error == pytest.approx(scipy.stats.ttest_rel(a, b).statistic)
-    assert nb.paired("a", "b", 0.01) == pytest.approx((difference - 100, error))
-    assert nb.compared("b", "a", "a", 0.01) == f"{100 - difference:.2f} ± {error:.2f} points above a"
+    nb.x_test, chances = range(400), np.random.default_rng(0)
+    wrong = {name: chances.random((5, 400)) < share for name, share in (("a", 0.1), ("b", 0.1), ("c", 0.0))}
+    for name, rows in wrong.items():
+        nb.METRICS[f"study_{name}"] = {"wrong": [" ".join(map(str, np.flatnonzero(row))) for row in rows]}
+    for name, other in ("a", "b"), ("a", "c"):
+        difference, error = nb.paired(name, other)
+        assert difference == pytest.approx(100 * (wrong[other].mean() - wrong[name].mean()))
+        means = [(wrong[other].mean(axis), wrong[name].mean(axis)) for axis in (0, 1)]
+        errors = [difference / scipy.stats.ttest_rel(*pair).statistic for pair in means]
+        assert error == pytest.approx(np.hypot(*errors))
+    assert nb.compared("a", "c", "c") == f"{-difference:.2f} ± {error:.2f} points below c"
+    assert nb.compared("c", "a", "a") == f"{-difference:.2f} ± {error:.2f} points above a"
+    assert nb.compared("a", "b", "b").startswith("not distinguishable from b (")
 
 
 def test_fine_tuning_starts_from_the_discriminator_leaves_it_as_it_is_and_labels_are_learned(nb):
