@@ -176,7 +176,7 @@ def test_paired_differences_have_an_error_over_draws_and_over_test_images(nb):
         assert error == pytest.approx(np.hypot(*errors))
     assert nb.compared("a", "c", "c") == f"{-difference:.2f} ± {error:.2f} points below c"
     assert nb.compared("c", "a", "a") == f"{-difference:.2f} ± {error:.2f} points above a"
-    assert nb.compared("a", "b", "b").startswith("not distinguishable from b (")
+    assert nb.compared("a", "b", "b").startswith("within three standard errors of b (")
 
 
 def test_fine_tuning_starts_from_the_discriminator_leaves_it_as_it_is_and_labels_are_learned(nb):
