@@ -310,16 +310,17 @@ def test_pairs_are_opposed_if_error_and_nats_are_both_lower_by_three_standard_er
         assert not nb.opposed(ways, a, b)[0]
 
 
-@pytest.mark.parametrize("there", [FILES, FILES[1::2]])
-def test_split_is_the_standard_one_or_a_stratified_part_of_the_test_images(tmp_path, offline, there):
+@pytest.mark.parametrize(("there", "batch"), [(FILES, 128), (FILES, 256), (FILES[1::2], 128)])
+def test_split_is_the_standard_one_or_a_stratified_part_of_the_test_images(tmp_path, offline, there, batch):
     """On files of the true size and header, as far as they are there."""
-    nb, stand_in = load_module("hw5_rbm", OUT=str(tmp_path / "out"), DATA=str(tmp_path / "data")), there != FILES
+    nb = load_module("hw5_rbm", OUT=str(tmp_path / "out"), DATA=str(tmp_path / "data"), BATCH=batch)
+    an_epoch, stand_in = math.ceil(60000 / batch), there != FILES
     publish(nb, "KMNIST", idx_files(60000, 10000), there)
     load = nb.load_data
     nb.load_data = lambda name, openml, blobs, **how: load(*nb.published, **how)
     execute(*code_cells("hw5_rbm", "data"), nb)
     sizes = len(nb.x_train), len(nb.x_test), nb.updates, len(list(nb.batches(nb.x_train[:, :1])))
-    assert sizes == (*((8572, 1428) if stand_in else (60000, 10000)), 25 * 469, 469)
+    assert sizes == (*((8572, 1428) if stand_in else (60000, 10000)), 25 * an_epoch, an_epoch)
     assert (nb.x_train.min(), nb.x_train.max()) == (0, 1)
     assert {*nb.data.blobs} == {f"KMNIST/{file}" for file in there}
     nb.show(figure := nb.plt.figure(), "any", "Title")

@@ -126,6 +126,8 @@ def test_stopping_rule_and_choice_of_weights(nb):
     assert scores[first - nb.PATIENCE - 1] - scores[first - 1] == pytest.approx(0.1, abs=0.06)
     assert later == list(range(first + 1, 121))
     assert nb.best_of(history) == (scores[119], 120, nb.WEIGHTS[-1])
+    nb.VALIDATE_EVERY = 2 * nb.PATIENCE
+    assert not nb.is_flat(nb.VALIDATE_EVERY * [{"epoch": 1}]), "no score is there before the last epochs"
 
 
 def test_training_stops_when_flat_and_ends_with_the_weights_that_were_best(nb):
@@ -145,7 +147,7 @@ def test_training_stops_when_flat_and_ends_with_the_weights_that_were_best(nb):
 
 
 def test_averages_are_taken_every_few_steps_and_decay_with_each_step(tmp_path, monkeypatch):
-    nb = small_problem("hw5_vae", tmp_path, BATCH=32, AVERAGE_EVERY=3, DECAYS=(0.9,), VALIDATE_EVERY=1)
+    nb = small_problem("hw5_vae", tmp_path, BATCH=35, AVERAGE_EVERY=3, DECAYS=(0.9,), VALIDATE_EVERY=1)
     model, found, weights, step = nb.VAE(), {}, [], torch.optim.Adam.step
 
     def record(*args):
@@ -153,7 +155,7 @@ def test_averages_are_taken_every_few_steps_and_decay_with_each_step(tmp_path, m
         weights.append(model.fc4.bias.detach().clone())
 
     monkeypatch.setattr(torch.optim.Adam, "step", record)
-    nb.epochs, nb.validate = lambda *_: [1], lambda candidates, *_: found.update(candidates)
+    nb.epochs, nb.validate = lambda *_: [1, 2], lambda candidates, *_: found.update(candidates)
     nb.fit("toy", model, seed=0)
     expected, *later = weights[2::3]
     for weight in later:
