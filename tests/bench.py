@@ -71,7 +71,7 @@ def textbook_rbm(nb):
 
 def textbook_gan(nb):
     """A step as PyTorch's DCGAN example takes it, and the notebook's training without its penalty."""
-    generator, discriminator = nb.new_generator().to(nb.DEVICE), nb.new_discriminator().to(nb.DEVICE)
+    generator, discriminator = nb.Generator().to(nb.DEVICE), nb.Discriminator().to(nb.DEVICE)
     optimizer_g, optimizer_d = (Adam(p.parameters(), 2e-4, betas=(0.5, 0.999)) for p in (generator, discriminator))
 
     def step(x):

@@ -81,9 +81,9 @@ def beside(nb, x, c, model, *others):
     """What is computed beside the training, from images x of classes c in a device's memory."""
     if nb.NAME == "hw5_gan":
         images = nb.shifted(nb.infer(model, nb.draw_z(len(x), seed=0)))
-        nb.codes(others[0][:-1], images)
+        nb.codes(others[0].features, images)
         nb.two_sample_test(images, x)
-        nb.by_training(x, c, 0, 1e-3, 0.2)(x)
+        nb.by_training(x, c, 0, 1e-3)(x)
     elif nb.NAME == "hw5_vae":
         model.requires_grad_(False)
         nb.iwae_bound(model, x, c, 10)
