@@ -33,6 +33,8 @@ def test_each_player_steps_along_its_own_gradient_only(nb, monkeypatch, penalty)
     nb.x_train, nb.LEARNING_RATE, nb.BF16 = nb.x_train[: nb.BATCH], 0.01, False
     nb.epochs, nb.score = lambda *_, **__: [torch.manual_seed(3) and 1], lambda *_: {}
     generator, discriminator = copy.deepcopy(players := nb.new_gan(seed=0))
+    for player in players:  # as score() leaves them
+        player.eval()
     (row,) = nb.fit("toy", *players, seed=3, length=1, penalty=penalty)
     torch.manual_seed(3)
     x, z = nb.x_train[torch.randperm(nb.BATCH)].requires_grad_(), torch.randn(nb.BATCH, 100)
@@ -108,10 +110,12 @@ def test_measure_counts_what_is_confidently_a_digit(nb):
     images = torch.full((40, 1, 28, 28), -1.0) + 0.01 * torch.randn(40, 1, 28, 28)
     for row in range(40):
         images[row, 0, 0, row % 4] = 4.3 if row % 2 else 2  # e^5.3 : 9 is more, e^3 : 9 less than 0.95 : 0.05
-    found = nb.measure(images, images)
+    found = nb.measure(images[:20], images)
     assert found["confident_share"] == 0.5
     assert (found["digit_share_min"], found["digit_share_max"]) == (0, 0.25)
-    assert found["frechet"] == pytest.approx(0, abs=1e-6)
+    fake, real = images[:20].flatten(1).double(), images.flatten(1).double()  # this ruler's features
+    assert found["frechet"] == pytest.approx(nb.frechet_distance(fake, real))
+    assert (found["density"], found["coverage"]) == nb.density_and_coverage(real, fake)
 
 
 def test_two_sample_test_sees_a_difference_only_where_there_is_one(nb):
@@ -141,10 +145,12 @@ def test_features_are_the_same_alone_or_in_company_and_of_the_weights_of_the_mom
 
 def test_settings_are_chosen_by_the_first_draws_validation_accuracy_alone(nb):
     """A setting is chosen by test images or by another draw. Here settings say how many images they get right."""
-    asked, n = [], round(0.1 * len(nb.x_train))
+    asked, n = [], round(0.2 * len(nb.x_train))
 
     def learn(x, y, draw, val, test):
-        asked.append((draw, val, len(x)))
+        rows = nb.draw_rows(n, seed=draw)
+        torch.testing.assert_close((x, y), (nb.x_pool[rows], nb.y_pool[rows]))
+        asked.append((draw, val))
         known = {id(nb.x_val): (nb.y_val, val), id(nb.x_test): (nb.y_test, test), id(x): (y, n)}
 
         def classify(images):
@@ -154,8 +160,8 @@ def test_settings_are_chosen_by_the_first_draws_validation_accuracy_alone(nb):
         return classify
 
     settings = [{"val": 5, "test": 9}, {"val": 8, "test": 2}, {"val": 8, "test": 7}]
-    found = nb.study(learn, settings)
-    assert asked == [(0, 5, n), (0, 8, n), (0, 8, n), *((draw, 8, n) for draw in range(1, nb.DRAWS))]
+    found = nb.study(learn, settings, share=0.2)
+    assert asked == [(0, 5), (0, 8), (0, 8), *((draw, 8) for draw in range(1, nb.DRAWS))]
     assert found.pop("setting") == settings[1]
     expected = {"train": 1.0, "val": 8 / len(nb.x_val), "test": pytest.approx(2 / len(nb.x_test))}
     expected["wrong"] = " ".join(map(str, range(2, len(nb.x_test))))
@@ -179,12 +185,14 @@ def test_paired_differences_have_an_error_over_draws_and_over_test_images(nb):
 
 
 def test_fine_tuning_starts_from_the_discriminator_leaves_it_as_it_is_and_labels_are_learned(nb):
-    features, started, train = nb.new_gan(seed=0)[1].features, [], nb.train_classifier
+    features, started, moved, train = nb.new_gan(seed=0)[1].features, [], [], nb.train_classifier
     before, rows = copy.deepcopy(features.state_dict()), nb.draw_rows(600, seed=0)
     nb.train_classifier = lambda network, *a: started.append(network.features[0].weight.clone()) or train(network, *a)
-    for pretrained, steps in ([features], 2), (None, 60):
-        nb.steps, setting = steps, {"rate": 2e-3, "pretrained": pretrained, "shifts": True}
+    nb.shifted = lambda images, shifted=nb.shifted: moved.append(len(started)) or shifted(images)
+    for pretrained, steps, shifts in ([features], 2, False), (None, 60, True):
+        nb.steps, setting = steps, {"rate": 2e-3, "pretrained": pretrained, "shifts": shifts}
         classify = nb.by_training(nb.x_pool[rows], nb.y_pool[rows], 0, **setting)
+    assert moved == [2] * 60, "each batch of the training with shifts is shifted, and no other"
     assert [torch.equal(weight, before["0.weight"]) for weight in started] == [True, False]
     assert all(torch.equal(value, before[key]) for key, value in features.state_dict().items())
     assert nb.accuracy(classify, nb.x_val, nb.y_val) > 0.8

@@ -61,6 +61,7 @@ def test_a_demo_for_want_of_data_has_not_finished(tmp_path):
 def test_a_run_that_is_stopped_says_how_to_go_on(tmp_path):
     failed, ran, said = make(tmp_path, "run", one="kill $RECIPE; sleep 0.2", two="")
     assert (failed, ran, "Stopped. To go on" in said) == (True, ["one"], True)
+    assert not (tmp_path / "runs" / "one.ipynb").exists(), "what was running has gone on to its end"
 
 
 def test_a_report_leaves_the_files_of_others_alone_and_is_no_demo(tmp_path):

@@ -141,20 +141,13 @@ def test_one_gibbs_step_samples_both_conditionals(rbm):
     torch.testing.assert_close(torch.cov(drawn.T), expected, atol=0.02, rtol=0.02)
 
 
-def test_equation_16_one_hidden_unit_given_the_others(nb, rbm):
-    _, own, pairs = nb.hidden_model(rbm)
-    p, found = p_of_h(rbm).view(M * [2]), torch.sigmoid(own + HIDDEN @ pairs).view(*M * [2], M)
-    for j in range(M):
-        assert_close(found[..., j].select(j, 0), p.select(j, 1) / p.sum(j))
-
-
 def test_equation_17_images_less_a_constant(nb, rbm):
     v, origin, before = torch.rand(5, 1, D), torch.rand(D), theta(rbm)
     nb.translate(rbm, origin)
     assert_close(energy(theta(rbm), v - origin, HIDDEN), energy(before, v, HIDDEN))
 
 
-def test_sweeps_end_at_p_of_h(nb, rbm):
+def test_equation_16_sweeps_end_at_p_of_h(nb, rbm):
     """Chains that start at 0 do not come to it (chi^2 over the states)."""
     p, (_, own, pairs) = p_of_h(rbm).float(), nb.hidden_model(rbm.requires_grad_(False))
     h = torch.zeros(40000, M)
@@ -199,8 +192,8 @@ def test_start_is_the_templates_and_the_rules(nb):
 
 
 def test_exact_training_raises_the_likelihood_and_persistent_chains_follow(nb):
-    ends = {}
-    for name, negative in ("exact", nb.exact_log_z), ("chains", nb.PersistentChains(8)):
+    ends, chains = {}, nb.PersistentChains(8)
+    for name, negative in ("exact", nb.exact_log_z), ("chains", chains):
         rbm = nb.new_rbm(8, 0, learn_sigma=True)
         nb.fit(name, rbm, negative, 0, rate=0.003, falls=True, centred=True)
         ends[name] = nb.log_likelihood(rbm, nb.exact_log_z(rbm)).mean().item()
@@ -208,6 +201,7 @@ def test_exact_training_raises_the_likelihood_and_persistent_chains_follow(nb):
     start = nb.new_rbm(8, 0)
     assert ends["exact"] > nb.log_likelihood(start, nb.exact_log_z(start)).mean().item() + 20
     assert ends["chains"] == pytest.approx(ends["exact"], abs=5)
+    assert not chains.h.any(), "a training has moved the chains that the next one starts from"
 
 
 def test_the_learning_rate_falls_in_the_second_half_if_asked(nb, monkeypatch):
@@ -219,12 +213,20 @@ def test_the_learning_rate_falls_in_the_second_half_if_asked(nb, monkeypatch):
 
 
 def test_several_trainings_differ_in_their_seeds_and_are_all_judged(nb):
-    nb.EPOCHS = 2
-    rbm, history, rows = nb.trainings("toy", 4, nb.cd5, runs=3)
+    nb.EPOCHS, well, asked, fit = 2, {"rate": 0.01, "falls": True, "centred": True}, [], nb.fit
+
+    def spy(name, rbm, *args, **options):
+        asked.append((rbm.log_sigma.requires_grad, options))
+        return fit(name, rbm, *args, **options)
+
+    nb.fit = spy
+    rbm, history, rows = nb.trainings("toy", 4, nb.cd5, runs=3, learn_sigma=True, **well)
+    assert asked == [(True, well | {"floor": nb.SIGMA_MIN})] * 3
     errors = [row["mse_test"] for row in rows]
     assert len({*errors}) == 3
     assert rows[0] == nb.judge(rbm)
-    assert history["loglik_test"][-1] == pytest.approx(rows[0]["loglik_test"])
+    for key in "mse_test", "loglik_test":
+        assert history[key][-1] == pytest.approx(rows[0][key], rel=1e-3)
     assert nb.plus_minus(rows[:1], "mse_test", 3) == f"{errors[0]:.3f}"
     assert nb.plus_minus(rows, "mse_test", 5) == f"{np.mean(errors):.5f} ± {np.std(errors, ddof=1):.5f}"
 
@@ -261,6 +263,10 @@ def test_errors_by_plain_numpy(nb, rbm):
         hidden = 1 / (1 + np.exp(-(alpha + (x / sigma) @ W.T)))
         assert row[f"mse_{part}"] == pytest.approx(np.mean((x - (b + sigma * (hidden @ W))) ** 2), rel=1e-5)
     assert row["bits_mse_test"] == pytest.approx(np.mean((x - (b + sigma * ((hidden > 0.5) @ W))) ** 2), rel=1e-5)
+    error = row["mse_test"]
+    mean, of_images, over_trainings = nb.erred(rbm, [row, row | {"mse_test": 0.0}])
+    assert (mean, over_trainings) == (pytest.approx(error / 2), pytest.approx(error / 2))
+    np.testing.assert_allclose(of_images, np.mean((x - (b + sigma * (hidden @ W))) ** 2, 1), rtol=1e-4)
 
 
 def test_linear_and_diagonal_gaussians_are_the_densities_they_say_and_have_a_floor(nb):

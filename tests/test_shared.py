@@ -122,6 +122,7 @@ def test_nothing_is_resumed_after_a_change_of_any_parameter_argument_or_of_the_d
     changes = [partial(setattr, nb, name, "another") for name in {*nb.PARAMETERS} - {"OUT", "NAME"}]  # of the folder
     changes += [
         partial(setattr, nb, "BF16", not nb.BF16),
+        partial(setattr, nb, "DEVICE", torch.device("meta")),
         partial(setattr, nb.data, "blobs", {"MNIST/train": "other"}),
     ]
     for change in changes:
