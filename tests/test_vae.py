@@ -127,7 +127,8 @@ def test_stopping_rule_and_choice_of_weights(nb):
     assert later == list(range(first + 1, 121))
     assert nb.best_of(history) == (scores[119], 120, nb.WEIGHTS[-1])
     nb.VALIDATE_EVERY = 2 * nb.PATIENCE
-    assert not nb.is_flat(nb.VALIDATE_EVERY * [{"epoch": 1}]), "no score is there before the last epochs"
+    rare = [{"epoch": e} | ({} if e % nb.VALIDATE_EVERY else {nb.WEIGHTS[0]: -e}) for e in range(1, 121)]
+    assert not any(nb.is_flat(rare[:e]) for e in range(1, 121)), "flat for want of a score in the last epochs"
 
 
 def test_training_stops_when_flat_and_ends_with_the_weights_that_were_best(nb):
