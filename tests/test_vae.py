@@ -23,7 +23,7 @@ def models(nb):
 
 
 def test_layers_are_the_templates(nb):
-    for kind, n_class in (nb.VAE, 0), (nb.CVAE, 10):
+    for kind, n_class in (nb.VAE, 0), (nb.CVAE, 10), (nb.BlindCVAE, 10):
         layers = {name: tuple(layer.weight.shape) for name, layer in kind().named_children()}
         shapes = [(400, 784 + n_class), (20, 400), (20, 400), (400, 20 + n_class), (784, 400)]
         assert layers == dict(zip(["fc1", "fc21", "fc22", "fc3", "fc4"], shapes))
@@ -43,6 +43,10 @@ def test_class_reaches_the_cvaes_encoder_and_decoder_one_hot(nb):
     expected = nb.VAE.encode(model, torch.cat([x, torch.eye(10)], 1))
     torch.testing.assert_close(model.encode(x, c), expected)
     torch.testing.assert_close(model.decode(z, c), nb.VAE.decode(model, torch.cat([z, torch.eye(10)], 1)))
+    blind = nb.BlindCVAE()
+    blind.load_state_dict(model.state_dict())
+    torch.testing.assert_close(blind.encode(x, c), model.encode(x, torch.zeros_like(c)))
+    torch.testing.assert_close(blind.decode(z, c), model.decode(z, c))
 
 
 def test_forward_samples_with_the_encoders_mean_and_spread(nb, models):
@@ -215,6 +219,7 @@ def test_ledger_of_codes_that_are_known(nb):
     assert (nb.neighbours(object()) != np.arange(3000)[:, None]).all(), "an image is its own neighbour"
     assert row["same_class_neighbours"] == row["z_knn"] == row["mu_knn"] == 1
     assert row["mu_linear_probe"] > 0.99
+    assert row["silhouette"] > 0.2
 
 
 def test_verdicts(nb):
