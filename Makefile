@@ -33,7 +33,8 @@ define execute
 	trap 'kill $$!; wait; echo "Stopped. $$on"; exit 130' INT TERM HUP; \
 	for n in $(NOTEBOOKS); do \
 		if grep -qsxF $(THIS) $(FINISHED); then echo "$$n had finished, and is left as it is."; continue; fi; \
-		took=$(TOOK); echo "$$n$${took:+: took $$((took / 60)) minutes on two CPU cores when it was made, in $(IN)}"; \
+		took=$(TOOK); echo "$$n$${took:+: took $$((took / 60)) minutes on two CPU cores when it was made, in $(IN)}."; \
+		echo "While a model trains, which can take most of an hour, its bar stands still."; \
 		rm -f $(DEMO); $(if $(1),rm -rf $(OUT)/figures $(OUT)/checkpoints;) \
 		HW5_OUT=$(OUT) $(EXECUTE) $$n $(OUT)/$$n & wait $$! || { echo "$$n failed. $$on"; exit 1; }; \
 		$(1) if [ "$$HW5_DATA" != demo ] && [ -e $(DEMO) ]; then demo="$$demo $$n"; else echo $(THIS) >> $(FINISHED); fi; \
