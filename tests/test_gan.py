@@ -207,10 +207,10 @@ def test_random_network_has_measured_statistics(nb):
 
 
 def test_autoencoder_reconstructs_better_and_is_trained_once(nb):
-    nb.LEARNING_RATE = 5e-4
-    features = nb.autoencoder()
-    assert nb.autoencoder() is features
-    first, *_, last = torch.load(nb.data.out / "state" / nb.NAME / "autoencoder.pt", weights_only=True)["history"]
+    features = nb.autoencoder(5e-4)
+    assert nb.autoencoder(5e-4) is features
+    state = nb.data.out / "state" / nb.NAME / "autoencoder_0.0005.pt"
+    first, *_, last = torch.load(state, weights_only=True)["history"]
     assert last["epoch"] == nb.AUTOENCODER_EPOCHS
     assert last["loss"] < first["loss"]
     assert not any(p.requires_grad for p in features.parameters())
