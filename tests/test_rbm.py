@@ -310,7 +310,7 @@ def test_pairs_are_opposed_if_error_and_nats_are_both_lower_by_three_standard_er
     nb.scored = lambda rbm, rows, between: (rbm[1], torch.zeros(50), 1.0)
     ways = {"a": (1.0, 0.0), "b": (2.0, 5.0), "c": (0.9, -9.0), "d": (2.0, 3.0)}
     ways = {way: (numbers, None, None) for way, numbers in ways.items()}
-    text = '"c" less "b": error -1.1000 ± 0.1414, likelihood -14.0 ± 1.4 nats'
+    text = "*c* relative to *b*: error -1.1000 ± 0.1414, likelihood -14.0 ± 1.4 nats"
     assert nb.opposed(ways, "c", "b") == (True, text)
     for a, b in ("b", "c"), ("c", "a"), ("a", "d"):  # the other way, too close in error, too close in nats
         assert not nb.opposed(ways, a, b)[0]
