@@ -1,11 +1,15 @@
 """The RBM notebook's own code; derivations.md is held against sums and integrals of the energy alone."""
 
 import math
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import FILES, code_cells, execute, idx_files, load_module, publish
+from conftest import FILES, ROOT, code_cells, execute, idx_files, load_module, publish
 from sklearn.decomposition import PCA, FactorAnalysis
 from torch.distributions import Normal
 
@@ -220,7 +224,7 @@ def test_several_trainings_differ_in_their_seeds_and_are_all_judged(nb):
         return fit(name, rbm, *args, **options)
 
     nb.fit = spy
-    rbm, history, rows = nb.trainings("toy", 4, nb.cd5, runs=3, learn_sigma=True, **well)
+    rbm, history, rows = nb.trainings("toy", 4, negative=nb.cd5, runs=3, learn_sigma=True, **well)
     assert asked == [(True, well | {"floor": nb.SIGMA_MIN})] * 3
     errors = [row["mse_test"] for row in rows]
     assert len({*errors}) == 3
@@ -229,6 +233,57 @@ def test_several_trainings_differ_in_their_seeds_and_are_all_judged(nb):
         assert history[key][-1] == pytest.approx(rows[0][key], rel=1e-3)
     assert nb.plus_minus(rows[:1], "mse_test", 3) == f"{errors[0]:.3f}"
     assert nb.plus_minus(rows, "mse_test", 5) == f"{np.mean(errors):.5f} ± {np.std(errors, ddof=1):.5f}"
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    if sys.platform != "linux":
+        pytest.skip("trainings are side by side only on Linux")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+def test_side_by_side_trainings_are_what_one_after_another_gives(nb, tmp_path, two_cores):
+    nb.EPOCHS, watch, watched = 2, nb.watch, []
+    nb.watch = lambda *args: watched.append(args) or watch(*args)
+    ways = {M: {"name": f"toy{M}", "M": M, "negative": nb.cd5, "learn_sigma": M == 3} for M in (3, 4)}
+    together = nb.side_by_side(ways | {5: {"name": "toy5", "M": 5, "negative": nb.cd1, "runs": 1}})
+    assert not watched, "trained in this process"
+    assert [len(rows) for _, _, rows in together.values()] == [nb.RUNS, nb.RUNS, 1]
+    for path in (tmp_path / "demo" / "state" / "hw5_rbm").iterdir():
+        path.unlink()
+    torch.set_num_threads(1)
+    for M, way in ways.items():
+        rbm, history, rows = nb.trainings(**way)
+        assert (history, rows) == together[M][1:]
+        torch.testing.assert_close(rbm.state_dict(), together[M][0].state_dict(), rtol=0, atol=0)
+
+
+def test_what_fails_beside_others_fails_in_the_notebook(nb, two_cores):
+    nb.EPOCHS = 1
+    with pytest.raises(FloatingPointError, match=r"toy_?\d? broke down in epoch 1"):
+        nb.side_by_side({4: {"name": "toy", "M": 4, "negative": nb.cd1, "rate": 1e30}})
+
+
+PROGRAM = """
+import pathlib, sys, time, conftest, torch
+torch.get_num_threads = lambda: 2
+out = pathlib.Path(sys.argv[1])
+notebook = conftest.small_problem("hw5_rbm", out)
+notebook.ahead([lambda: ((out / "started").touch(), time.sleep(3), (out / "ended").touch())])
+"""
+
+
+@pytest.mark.parametrize("signal", [signal.SIGINT, signal.SIGKILL])
+def test_trainings_end_with_the_notebook(signal, tmp_path, two_cores):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT / "tests", stderr=subprocess.DEVNULL)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal)  # to it alone
+    process.wait()
+    time.sleep(4)
+    assert not (tmp_path / "ended").exists()
 
 
 def test_annealed_weights_have_mean_z_from_any_start(nb, rbm):
