@@ -21,7 +21,8 @@ def start(nb):
     }[nb.NAME]()
 
 
-OPTIONS = {"hw5_gan": {"length": 4, "penalty": 0.5}, "hw5_rbm": {"falls": True, "centred": True}, "hw5_vae": {}}  # other arguments
+# Its other arguments.
+OPTIONS = {"hw5_gan": {"length": 4, "penalty": 0.5}, "hw5_rbm": {"falls": True, "centred": True}, "hw5_vae": {}}
 
 
 def fit(notebook, out, **parameters):
