@@ -265,7 +265,8 @@ def test_what_fails_beside_others_fails_in_the_notebook(nb, two_cores):
 
 
 PROGRAM = """
-import pathlib, sys, time, conftest, torch
+import pathlib, signal, sys, time, conftest, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by background jobs of a shell
 torch.get_num_threads = lambda: 2
 out = pathlib.Path(sys.argv[1])
 notebook = conftest.small_problem("hw5_rbm", out)
