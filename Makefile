@@ -23,6 +23,7 @@ CLEAN = .venv/bin/nbstripout --keep-output --keep-count --keep-id \
 FINISHED = $(OUT)/finished
 THIS = "$$n $$HW5_DATA $$(cksum < $$n)"
 TOOK = $$(sed -n 's/.*"seconds_total": \([0-9]*\).*/\1/p' figures/$${n%.ipynb}_metrics.json 2>&-)
+ON = $$(sed -n 's/.*"device": "cuda.*/a GPU/p' figures/$${n%.ipynb}_metrics.json 2>&-)
 IN = $$(sed -n 's/.*"training_precision": "\(.*\)".*/\1/p' figures/$${n%.ipynb}_metrics.json)
 
 # Where a demo writes, which has not finished on the data.
@@ -33,7 +34,8 @@ define execute
 	trap 'kill $$!; wait; echo "Stopped. $$on"; exit 130' INT TERM HUP; \
 	for n in $(NOTEBOOKS); do \
 		if grep -qsxF $(THIS) $(FINISHED); then echo "$$n had finished, and is left as it is."; continue; fi; \
-		took=$(TOOK); echo "$$n$${took:+: took $$((took / 60)) minutes on two CPU cores when it was made, in $(IN)}."; \
+		took=$(TOOK); on_gpu=$(ON); \
+		echo "$$n$${took:+: took $$((took / 60)) minutes on $${on_gpu:-two CPU cores} when it was made, in $(IN)}."; \
 		echo "While a model trains, which can take most of an hour, its bar stands still."; \
 		rm -f $(DEMO); $(if $(1),rm -rf $(OUT)/figures $(OUT)/checkpoints;) \
 		HW5_OUT=$(OUT) $(EXECUTE) $$n $(OUT)/$$n & wait $$! || { echo "$$n failed. $$on"; exit 1; }; \

@@ -8,7 +8,8 @@ import pytest
 from conftest import NOTEBOOKS, ROOT, read_metrics, read_notebook, run_notebook, top
 
 QUICK = {  # parameters of a demo run that is as short as it can be
-    "hw5_gan": dict(EPOCHS=2, RUNS=2, ABLATION_SEEDS=2, DRAWS=2, STEPS=10, RULER_STEPS=60, AUTOENCODER_EPOCHS=1),
+    "hw5_gan": dict(EPOCHS=2, RUNS=2, ABLATION_SEEDS=2, DRAWS=2, STEPS=10, RULER_STEPS=60, AUTOENCODER_EPOCHS=1)
+    | dict(RATES=[2e-3], PENALTIES=[1e-2, 1.0], SHARES=[0.01]),
     "hw5_rbm": dict(EPOCHS=2, RUNS=2, AIS_STEPS=20, SWEEPS=20, CHAIN_LENGTH=20),
     "hw5_vae": dict(EPOCHS=10, RUNS=2, GAP_STEPS=5, IWAE_SAMPLES=20),
 }
