@@ -1,4 +1,5 @@
-# make run     execute the notebooks into runs/ (needs nothing but Python; the committed report is not touched)
+# make run     execute the notebooks into runs/ (needs nothing but Python; the committed report is not touched);
+#              with PARAMETERS="-p RUNS 1" and the like, which papermill knows, under other parameters
 # make report  the same, then put notebooks, figures/ and checkpoints/ in place of the committed ones
 # make test    run the tests
 # make html    the committed report as HTML pages in runs/html/, for those without Jupyter
@@ -18,10 +19,10 @@ EXECUTE = $(BAR) .venv/bin/papermill --log-level WARNING --progress-bar --no-log
 CLEAN = .venv/bin/nbstripout --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill"
 
-# Notebooks that have finished, with their data and checksum, until all that were asked for have: what a stopped or
-# killed run leaves out.
+# Notebooks that have finished, with their data, parameters and checksum, until all that were asked for have: what a
+# stopped or killed run leaves out.
 FINISHED = $(OUT)/finished
-THIS = "$$n $$HW5_DATA $$(cksum < $$n)"
+THIS = "$$n $$HW5_DATA $(PARAMETERS) $$(cksum < $$n)"
 TOOK = $$(sed -n 's/.*"seconds_total": \([0-9]*\).*/\1/p' figures/$${n%.ipynb}_metrics.json 2>&-)
 ON = $$(sed -n 's/.*"device": "cuda.*/a GPU/p' figures/$${n%.ipynb}_metrics.json 2>&-)
 IN = $$(sed -n 's/.*"training_precision": "\(.*\)".*/\1/p' figures/$${n%.ipynb}_metrics.json)
@@ -38,7 +39,7 @@ define execute
 		echo "$$n$${took:+: took $$((took / 60)) minutes on $${on_gpu:-two CPU cores} when it was made, in $(IN)}."; \
 		echo "While a model trains, which can take most of an hour, its bar stands still."; \
 		rm -f $(DEMO); $(if $(1),rm -rf $(OUT)/figures $(OUT)/checkpoints;) \
-		HW5_OUT=$(OUT) $(EXECUTE) $$n $(OUT)/$$n & wait $$! || { echo "$$n failed. $$on"; exit 1; }; \
+		HW5_OUT=$(OUT) $(EXECUTE) $$n $(OUT)/$$n $(PARAMETERS) & wait $$! || { echo "$$n failed. $$on"; exit 1; }; \
 		$(1) if [ "$$HW5_DATA" != demo ] && [ -e $(DEMO) ]; then demo="$$demo $$n"; else echo $(THIS) >> $(FINISHED); fi; \
 	done; \
 	if [ "$$demo" ]; then echo "A demo, for want of data:$$demo. $$on"; exit 0; fi; \
@@ -61,6 +62,7 @@ run: .venv/installed
 	@echo "The executed notebooks are in runs/, with their figures, those of a demo in runs/demo/."
 
 report: OUT = runs/report
+report: override PARAMETERS =
 report: .venv/installed
 	$(call execute,$(replace))
 

@@ -45,6 +45,7 @@ def test_a_notebook_that_had_finished_on_the_same_data_is_left_as_it_is(tmp_path
     assert run("here") == (True, ["one", "two"])
     assert run("here") == (True, ["two"])
     assert run("there") == (True, ["one", "two"])
+    assert make(tmp_path, "run", "HW5_DATA=there", "PARAMETERS=-p M 3", one="", two="exit 1")[1] == ["one", "two"]
     assert make(tmp_path, "run", "HW5_DATA=there", one=":", two="exit 1")[1] == ["one", "two"], "one has changed"
     assert make(tmp_path, "run", "HW5_DATA=there", three="")[:2] == (False, ["three"])
     assert make(tmp_path, "run", "HW5_DATA=there", one=":", two="exit 1")[1] == ["two"], "another run forgets one"
