@@ -1,4 +1,4 @@
-"""Whole notebooks: on the demo data, and from the committed weights against the committed report."""
+"""Whole notebooks: from the committed weights against the committed report, and on the demo data."""
 
 import os
 import re
@@ -15,9 +15,11 @@ QUICK = {  # parameters of a demo run that is as short as it can be
 }
 SPREAD = {"hw5_gan": "frechet_std", "hw5_rbm": "m16_mse_test_std", "hw5_vae": "cvae_test_nelbo_std"}
 OF_THE_MACHINE = {"device", "training_precision", "versions", "seconds_total", "study_probe"}
+NATS = 0.08  # tolerance of information that an MLP finds, which is stopped early
 LOOSE = {  # tolerances of metrics that hang on the last bits of a sum, which differ between processors
-    "obeyed|recognised|information|marginal_kl|class_kl|rest_of_kl": {"abs": 0.05},
-    "linear_probe|_mlp": {"abs": 0.01},  # hardly regularised, stopped early
+    "obeyed|recognised": {"abs": 0.05},
+    "information|marginal_kl|class_kl|rest_of_kl": {"abs": NATS},
+    "linear_probe|_mlp": {"abs": 0.02},  # hardly regularised, stopped early
     "two_sample": {"abs": 0.03},  # of classifiers that are trained anew
     "_by_d$": {"abs": 0.02},  # shares of a thousand images in an order
     "variance": {"rel": 0.2},  # of long Gibbs chains
@@ -37,24 +39,10 @@ def assert_close(metrics, expected):
         assert metrics[key] == (pytest.approx(expected[key], **within) if anew else expected[key]), key
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_demo_run_says_so_and_writes_only_under_demo(name, tmp_path):
-    executed = run_notebook(name, tmp_path, **QUICK[name])
-    outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert not [output for output in outputs if output.get("name") == "stderr"]
-    top = "".join(output["data"].get("text/html", "") for output in executed.cells[1].outputs)
-    assert ">DEMO" in top
-    assert "<table" in top
-    metrics = read_metrics(tmp_path / "demo", name)
-    assert (metrics["mode"], metrics["split"], metrics["data_blobs"]) == ("demo", "demo", {})
-    assert {path.name for path in tmp_path.iterdir()} == {"demo", f"{name}.ipynb"}
-    assert metrics[SPREAD[name]] > 0, "the trainings are one and the same"
-
-
 NUMBER = r"(-?\d+(?:\.(\d+))?)%?(?: ± (\d+(?:\.\d+)?))?"
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", NOTEBOOKS[::-1])  # the longest test of all comes first
 def test_committed_metrics_answer_and_table_follow_from_the_committed_weights(name, tmp_path, monkeypatch):
     """On the committed run's files alone: with more of them, or a network, problem 2 takes another split."""
     folder, committed = Path(os.environ.get("HW5_DATA", ROOT / "data")).resolve(), read_metrics(ROOT, name)
@@ -71,5 +59,20 @@ def test_committed_metrics_answer_and_table_follow_from_the_committed_weights(na
     for text, expected in zip([answer, *rows], [its_answer, *its_rows], strict=True):
         assert re.sub(NUMBER, "", text) == re.sub(NUMBER, "", expected)
         for (here, *_), (there, digits, error) in zip(re.findall(NUMBER, text), re.findall(NUMBER, expected)):
-            within = max(float(error or 0), 2 * 10 ** -len(digits))  # two units of the last digit
+            units = 2 * 10 ** -len(digits)  # two of the last digit
+            within = max(float(error or 0), units, NATS if len(digits) == 2 else 0)
             assert float(here) == pytest.approx(float(there), rel=2e-3, abs=within), text
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_demo_run_says_so_and_writes_only_under_demo(name, tmp_path):
+    executed = run_notebook(name, tmp_path, **QUICK[name])
+    outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    top = "".join(output["data"].get("text/html", "") for output in executed.cells[1].outputs)
+    assert ">DEMO" in top
+    assert "<table" in top
+    metrics = read_metrics(tmp_path / "demo", name)
+    assert (metrics["mode"], metrics["split"], metrics["data_blobs"]) == ("demo", "demo", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", f"{name}.ipynb"}
+    assert metrics[SPREAD[name]] > 0, "the trainings are one and the same"
