@@ -24,7 +24,7 @@ def test_notebook_is_self_contained(notebook):
     code, shared = code_cells(notebook), code_cells(notebook, "shared")
     assert all(c.metadata["jupyter"]["source_hidden"] and c.metadata["cellView"] == "form" for c in shared)
     modules = {m for c in code for m in re.findall(r"^(?:from|import) (\w+)", c.source, re.MULTILINE)}
-    known = {"IPython", "matplotlib", "numpy", "pandas", "sklearn", "torch", "torchvision", "tqdm"}
+    known = {"IPython", "matplotlib", "numpy", "pandas", "sklearn", "threadpoolctl", "torch", "torchvision", "tqdm"}
     assert modules - {*sys.stdlib_module_names} <= known
     assert not [c for c in code if "weights_only=False" in c.source]
 

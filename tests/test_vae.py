@@ -182,10 +182,10 @@ def test_the_later_trainings_are_measured_once_and_enter_means_and_deviations(nb
     def size(model):
         return {"value": float(model)}
 
-    nb.over_runs("toy_", [1, 2, 3], size)
+    nb.over_runs({"toy_": [1, 2, 3]}, size)
     assert nb.METRICS.pop("toy_size_other_runs") == [{"value": 2.0}, {"value": 3.0}]
     assert nb.METRICS == {"toy_value": 2, "toy_value_std": 1}
-    nb.over_runs("one_", [4], size, trains=True)
+    nb.over_runs({"one_": [4]}, size, trains=True)
     assert nb.METRICS["one_size"] == {"value": 4.0}, "the first, too, is taken once"
     assert (nb.told("toy_value"), nb.told("one_value:.1%")) == ("2.00 ± 1.00", "400.0%")
 
