@@ -231,8 +231,8 @@ def test_several_trainings_differ_in_their_seeds_and_are_all_judged(nb):
     assert rows[0] == nb.judge(rbm)
     for key in "mse_test", "loglik_test":
         assert history[key][-1] == pytest.approx(rows[0][key], rel=1e-3)
-    assert nb.plus_minus(rows[:1], "mse_test", 3) == f"{errors[0]:.3f}"
-    assert nb.plus_minus(rows, "mse_test", 5) == f"{np.mean(errors):.5f} ± {np.std(errors, ddof=1):.5f}"
+    assert nb.plus_minus(rows[:1], "mse_test", ".3f") == f"{errors[0]:.3f}"
+    assert nb.plus_minus(rows, "mse_test", ".5f") == f"{np.mean(errors):.5f} ± {np.std(errors, ddof=1):.5f}"
 
 
 @pytest.fixture
