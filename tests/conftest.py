@@ -5,6 +5,7 @@ import json
 import os
 import re
 import socket
+import sys
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -158,6 +159,14 @@ def fake_gpu():
     copied = patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True)
     with read, copied, patch.object(torch.nn.Module, "to", to_cuda), FakeTensorMode(), NoDouble():
         yield
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    """Two processes at a time, whatever torch has been told."""
+    if sys.platform != "linux" or torch.cuda.is_available():
+        pytest.skip("trainings are side by side only on Linux, where there is no GPU")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
 @pytest.fixture

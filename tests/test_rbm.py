@@ -1,15 +1,11 @@
 """The RBM notebook's own code; derivations.md is held against sums and integrals of the energy alone."""
 
 import math
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import FILES, ROOT, code_cells, execute, idx_files, load_module, publish
+from conftest import FILES, code_cells, execute, idx_files, load_module, publish
 from sklearn.decomposition import PCA, FactorAnalysis
 from torch.distributions import Normal
 
@@ -235,13 +231,6 @@ def test_several_trainings_differ_in_their_seeds_and_are_all_judged(nb):
     assert nb.plus_minus(rows, "mse_test", ".5f") == f"{np.mean(errors):.5f} ± {np.std(errors, ddof=1):.5f}"
 
 
-@pytest.fixture
-def two_cores(monkeypatch):
-    if sys.platform != "linux" or torch.cuda.is_available():
-        pytest.skip("trainings are side by side only on Linux, where there is no GPU")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-
-
 def test_side_by_side_trainings_are_what_one_after_another_gives(nb, tmp_path, two_cores):
     nb.EPOCHS, watch, watched = 2, nb.watch, []
     nb.watch = lambda *args: watched.append(args) or watch(*args)
@@ -262,29 +251,6 @@ def test_what_fails_beside_others_fails_in_the_notebook(nb, two_cores):
     nb.EPOCHS = 1
     with pytest.raises(FloatingPointError, match=r"toy_?\d? broke down in epoch 1"):
         nb.side_by_side({4: {"name": "toy", "M": 4, "negative": nb.cd1, "rate": 1e30}})
-
-
-PROGRAM = """
-import pathlib, signal, sys, time, conftest, torch
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by background jobs of a shell
-torch.get_num_threads = lambda: 2
-out = pathlib.Path(sys.argv[1])
-notebook = conftest.small_problem("hw5_rbm", out)
-notebook.ahead([lambda: ((out / "started").touch(), time.sleep(3), (out / "ended").touch())] * 2)
-"""
-
-
-@pytest.mark.parametrize("signal", [signal.SIGINT, signal.SIGKILL])
-def test_trainings_end_with_the_notebook(signal, tmp_path, two_cores):
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT / "tests", stderr=subprocess.DEVNULL)
-    while not (tmp_path / "started").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal)  # to it alone
-    process.wait()
-    time.sleep(4)
-    assert not (tmp_path / "ended").exists()
 
 
 def test_annealed_weights_have_mean_z_from_any_start(nb, rbm):

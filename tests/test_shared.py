@@ -2,6 +2,10 @@
 
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -9,7 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from conftest import FILES, NOTEBOOKS, UNREACHABLE, code_cells, execute, idx_files, load_module, publish
+from conftest import FILES, NOTEBOOKS, ROOT, UNREACHABLE, code_cells, execute, idx_files, load_module, publish
 
 MACHINES = [  # accelerator, whether CUDA has bf16 units, the processor's flags, PRECISION, whether bf16 is used
     ("cuda", True, "", "auto", True),
@@ -137,6 +141,49 @@ def test_a_state_that_cannot_be_put_in_place_leaves_the_last_one(kept):
     with patch("os.replace", side_effect=OSError("the disk is gone")), pytest.raises(OSError, match="gone"):
         train(kept)
     assert train(kept) == 2
+
+
+def test_what_is_remembered_is_computed_again_only_in_another_run_or_with_train_false(kept):
+    values = iter(range(9))
+
+    def remember():
+        return kept.remember("pair", lambda: (next(values), np.float64(0.5)))
+
+    assert remember() == remember() == [0, 0.5], "as METRICS will be read"
+    kept.SEED += 1
+    assert remember() == remember() == [1, 0.5]
+    kept.TRAIN = False
+    assert (remember()[0], remember()[0]) == (2, 3)
+
+
+def test_calls_made_ahead_are_made_in_other_processes_and_remembered(kept, two_cores):
+    names = "a", "b", "c"
+    kept.ahead([partial(kept.remember, name, os.getpid) for name in names])
+    found = {kept.remember(name, os.getpid) for name in names}
+    assert len(found - {os.getpid()}) == 3
+
+
+PROGRAM = """
+import pathlib, signal, sys, time, conftest, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by background jobs of a shell
+torch.get_num_threads = lambda: 2
+out = pathlib.Path(sys.argv[1])
+notebook = conftest.load_module("hw5_rbm")
+notebook.ahead([lambda: ((out / "started").touch(), time.sleep(3), (out / "ended").touch())] * 2)
+"""
+
+
+@pytest.mark.parametrize("signal", [signal.SIGINT, signal.SIGKILL])
+def test_trainings_end_with_the_notebook(signal, tmp_path, two_cores):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT / "tests", stderr=subprocess.DEVNULL)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal)  # to it alone
+    process.wait()
+    time.sleep(4)
+    assert not (tmp_path / "ended").exists()
 
 
 def train_linear(nb):
